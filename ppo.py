@@ -1,0 +1,672 @@
+"""PPO: reinforcement learning from human feedback with a policy, a critic, a reward model and a frozen reference.
+
+Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 7.
+`[detail N]` are its numbers, `[E N]` our own choices; docs/details.md has every one with its reason.
+
+Differs from the paper's code, and so in the numbers:
+  1. losses, whitening and metrics are masked means over all ranks and micro-batches, not per micro-batch  [E2, E8]
+  2. policy and critic have an optimizer each; sampling stops at EOS, which changes nothing that counts    [E9, E10]
+  3. a token is drawn with noise addressed by (seed, update, episode, position), not from a stream         [E11]
+
+Run:     python ppo.py                                   the embedded task, CPU, minutes
+         deepspeed ppo.py --lr 5e-7                      every GPU of this machine
+Reads:   --sft_model; --reward_model or --reward_function; --prompts with a column {prompt}
+Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metrics.jsonl, samples.jsonl,
+         summary.json, TensorBoard, checkpoints
+Result:  README.md (embedded task); not yet measured at the paper's scale
+
+Shapes:  B episodes of this rank, Tq query tokens (left-padded), Tr response tokens (right-padded), T = Tq + Tr,
+         V vocabulary. Response token t was sampled from the state before it; V_t is the value of that state.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import tyro
+from transformers import DynamicCache
+
+from utils.data import call_judge, chunks, describe, load_function, load_rows, pad, permutation
+from utils.launch import all_max, all_sum, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
+from utils.launch import print0, rank, rollout_weights, world_size
+from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_classifier, load_tokenizer
+from utils.models import save_model
+from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
+
+
+@dataclass
+class Args:
+    # models and data
+    sft_model: str = "assets/sft"
+    """policy and reference start here: Hugging Face folder or Hub id"""
+    reward_model: str = "assets/reward_model"
+    """scores responses, and the critic starts from it (detail 22): Hugging Face folder or Hub id, same tokenizer"""
+    reward_function: str | None = None
+    """module:name of a Python function (queries, responses) -> scores on texts, in place of the reward model"""
+    gold_function: str | None = "assets.vader:positive"
+    """module:name of such a function that only watches; the default judges the embedded task. None: no judge"""
+    prompts: str = "assets/data/train.jsonl"
+    """prompts to roll out: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: the SFT train split"""
+    eval_prompts: str = "assets/data/validation.jsonl"
+    """held-out prompts"""
+    max_prompt_length: int = 32
+    """tokens; longer prompts are dropped and counted. Paper: 512"""
+
+    # rollouts
+    response_length: int = 24
+    """tokens to sample at most. Paper: 53"""
+    temperature: float = 0.7
+    """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.7"""
+    top_p: float = 1.0
+    """sample from the smallest set of tokens with this probability; log-probabilities stay unfiltered. Paper: 1.0"""
+    repetition_penalty: float = 1.0
+    """divide the logits of tokens seen before while sampling; log-probabilities stay unpenalised. Paper: 1.0"""
+    missing_eos_score: float | None = -1.0
+    """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
+    rollout_batch_size: int = 64
+    """sequences decoded and scored together per rank; changes memory and speed only. Paper: 64"""
+
+    # PPO
+    total_episodes: int = 2560
+    """episodes to roll out in all. Paper: 1,000,000"""
+    batch_size: int = 64
+    """episodes per update, over all ranks. Paper: 512"""
+    num_ppo_epochs: int = 4
+    """passes over the episodes of an update. Paper: 4"""
+    num_minibatches: int = 1
+    """optimizer steps per pass. Paper: 1"""
+    micro_batch_size: int = 32
+    """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B), 4 (2.8B), 1 (6.9B)"""
+    lr: float = 3e-4
+    """learning rate of the policy, falling linearly to 0. Paper: 3e-6"""
+    critic_lr: float = 3e-4
+    """learning rate of the critic, falling linearly to 0. Paper: 3e-6"""
+    weight_decay: float = 0.01
+    """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
+    adam_eps: float = 1e-5
+    """AdamW epsilon. Paper: 1e-5"""
+    max_grad_norm: float = 0.0
+    """clip each model's global gradient norm here; 0 = off. Paper: off (detail 44)"""
+    kl_coef: float = 0.15
+    """price of a nat of KL from the reference, in reward. Paper: 0.05"""
+    gamma: float = 1.0
+    """discount. Paper: 1.0"""
+    lam: float = 0.95
+    """lambda of generalised advantage estimation. Paper: 0.95"""
+    cliprange: float = 0.2
+    """clip range of the ratio. Paper: 0.2"""
+    cliprange_value: float = 0.2
+    """clip range of the value around the rollout's. Paper: 0.2"""
+    vf_coef: float = 0.1
+    """weight of the value loss. Paper: 0.1"""
+    whiten_rewards: bool = False
+    """whiten rewards too, keeping their mean (detail 24). Paper: False"""
+
+    # evaluation
+    eval_every: int = 10
+    """updates between evaluations on held-out prompts (there is one before the first and after the last). Paper: 1"""
+    num_eval_prompts: int = 500
+    """held-out prompts, each continued with the same noise every time"""
+
+    # run
+    seed: int = 1
+    """decides the order of the prompts and all sampling noise. Paper: 44413, 55513, 66613, 77713"""
+    output_dir: str | None = None
+    """where to write; default runs/ppo, or runs/ppo-2, ... if that exists"""
+    resume: bool = False
+    """continue the run in output_dir from its last checkpoint, exactly"""
+    overwrite: bool = False
+    """replace an earlier run in output_dir"""
+    save_every: int = 10
+    """updates between checkpoints"""
+
+    # machine
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage: 0, 2 or 3. Paper: 2"""
+    offload_optimizer: bool = False
+    """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
+    bf16: bool = False
+    """bf16 weights with fp32 master weights (GPUs). Paper: True"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third slower"""
+    timeout_minutes: float = 30.0
+    """end the run when ranks wait for one another longer than this"""
+    local_rank: int = -1
+    """set by the deepspeed launcher"""
+
+    @property
+    def num_updates(self):
+        return self.total_episodes // self.batch_size  # [detail 41] a last incomplete batch is left out
+
+
+# ---- Data -------------------------------------------------------------------------------------------------
+
+
+def load_prompts(path, flag, tokenizer, args):
+    """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
+    rows = load_rows(path, flag, [("prompt",)])
+    encoded = [(tokenizer(row["prompt"]).input_ids, row["prompt"]) for row in rows]
+    kept = [item for item in encoded if 0 < len(item[0]) <= args.max_prompt_length]
+    empty = sum(not ids for ids, _ in encoded)
+    describe(flag, path, [len(ids) for ids, _ in kept],
+             {f"over {args.max_prompt_length} tokens": len(encoded) - len(kept) - empty, "empty": empty})
+    return kept
+
+
+def prompt_of_episode(episode, num_prompts, seed):
+    """Index of the prompt of the n-th episode ever: the prompts in an order that is new on every pass [detail 21]."""
+    epoch, position = divmod(episode, num_prompts)
+    return permutation(num_prompts, seed, epoch)[position]
+
+
+def sampling_noise(seed, update, episodes, length):
+    """Uniforms u[i, t] in [0, 1) that depend on (seed, update, episode, t) alone [E11]: (B, length) float64.
+
+    So samples do not depend on the number of ranks, the batch they are decoded in, or rows that have ended.
+    """
+    return torch.tensor(np.stack([np.random.default_rng((seed, update, n)).random(length) for n in episodes]))
+
+
+# ---- Model ------------------------------------------------------------------------------------------------
+
+
+class ScalarModel(torch.nn.Module):
+    """One number per token from AutoModelForSequenceClassification: its `score` head on every last hidden state.
+
+    forward(ids (B, T), mask (B, T) bool) -> (B, T) fp32, less the constant `reward_mean` of the config [detail 15].
+    As reward model it is read at the last token, as critic at every token.
+    """
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+        self.reward_mean = getattr(classifier.config, "reward_mean", 0.0)  # not trained
+
+    def forward(self, ids, mask):
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
+        hidden = self.classifier.base_model(  # [detail 11] the last hidden state, after the final layer norm
+            input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
+        ).last_hidden_state  # (B, T, d)
+        return self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
+
+
+def response_logits(model, ids, mask, response_width, temperature, forbidden):
+    """Logits (B, response_width, V) in fp32 that the response tokens, the last columns of ids (B, T), were drawn from.
+
+    Token t is predicted one position before it, hence the window shifted by one [detail 28]. Logits are divided by
+    the sampling temperature [detail 27]; tokens that are never sampled get no probability [E12].
+    """
+    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
+    ids = torch.where(mask, ids, 0)  # [detail 3] PAD is never embedded
+    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
+                   logits_to_keep=response_width + 1).logits[:, :-1]  # response positions only
+    return scale_logits(logits, temperature, forbidden)
+
+
+def scale_logits(logits, temperature, forbidden):
+    """Logits of the sampling distribution (before top-p and repetition penalty), in fp32. forbidden: (V,) bool."""
+    return (logits.float() / (temperature + 1e-7)).masked_fill(forbidden, torch.finfo(torch.float32).min)  # [detail 26]
+
+
+# ---- Algorithm: sampling ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, queries, query_mask, noise, temperature, top_p, repetition_penalty, forbidden, eos_ids, pad_id):
+    """Sample a response to each query until EOS, or until the noise ends.
+
+    queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms. Returns responses (B, Tr), PAD after EOS.
+    Ended rows are dropped from the batch [E10]; the paper goes on sampling and masks what follows [detail 23].
+    The model's stored generation config is never read.
+    """
+    responses = torch.full(noise.shape, pad_id, device=queries.device)  # (B, Tr)
+    alive = torch.arange(len(queries), device=queries.device)  # rows still being decoded
+    cache = DynamicCache(config=model.config)
+    mask = query_mask
+    ids, position_ids = torch.where(mask, queries, 0), (mask.long().cumsum(-1) - 1).clamp(min=0)
+    seen = torch.zeros(len(queries), len(forbidden), device=queries.device)  # (B, V) counts, for the repetition penalty
+    seen.scatter_add_(1, ids, mask.float())
+    for t in range(noise.shape[1]):
+        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1].float()  # (alive, V)
+        if repetition_penalty != 1.0:
+            penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen > 0, penalised, logits)
+        logits = scale_logits(logits, temperature, forbidden)
+        if top_p < 1.0:
+            logits = keep_top_p(logits, top_p)
+        tokens = inverse_cdf(logits, noise[alive, t])  # (alive,)
+        responses[alive, t] = tokens
+        seen.scatter_(1, tokens[:, None], 1.0)
+        going_on = (~torch.isin(tokens, eos_ids)).nonzero().squeeze(1)
+        if len(going_on) < len(alive):
+            alive, tokens, mask, seen = alive[going_on], tokens[going_on], mask[going_on], seen[going_on]
+            cache.batch_select_indices(going_on)
+        if len(alive) == 0:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        ids, position_ids = tokens[:, None], mask.sum(1, keepdim=True) - 1
+    return responses
+
+
+def inverse_cdf(logits, uniforms):
+    """The token at which the cumulative probability first exceeds u: logits (B, V), uniforms (B,) in [0, 1) -> (B,)."""
+    cdf = logits.double().softmax(-1).cumsum(-1)  # (B, V)
+    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+
+
+def keep_top_p(logits, top_p):
+    """Push every token outside the smallest set with probability >= top_p to -inf. logits (B, V)."""
+    ordered, index = logits.sort(descending=True)
+    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    ordered = ordered.masked_fill(mass_before >= top_p, float("-inf"))  # the first token always stays
+    return torch.empty_like(logits).scatter_(1, index, ordered)
+
+
+def truncate_at_eos(responses, eos_ids, pad_id):
+    """Keep each response up to its first EOS, PAD after it [detail 23].
+
+    responses (B, Tr) -> responses (B, Tr), lengths (B,) with EOS counted, ended (B,) bool.
+    """
+    is_eos = torch.isin(responses, eos_ids)
+    ended = is_eos.any(1)
+    lengths = torch.where(ended, is_eos.int().argmax(1) + 1, responses.shape[1])
+    kept = torch.arange(responses.shape[1], device=responses.device) < lengths[:, None]
+    return responses.masked_fill(~kept, pad_id), lengths, ended
+
+
+# ---- Algorithm: rewards and advantages --------------------------------------------------------------------
+
+
+def at_last_token(values, mask):
+    """values (B, T) at each row's last True of mask (B, T), wherever the padding is -> (B,) [detail 12].
+
+    Searching for the first PAD instead finds position 0 in a left-padded row.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last_index = (positions * mask).argmax(-1)  # (B,)
+    return values[torch.arange(len(values), device=mask.device), last_index]
+
+
+def response_masks(lengths, width):
+    """mask (B, Tr): t <= e, tokens that count [detail 30]; value_mask (B, Tr): t <= e + 1 [detail 31].
+
+    e is the index of the last kept token. The state after EOS is a state too: it has a value, and the score lands there.
+    """
+    t = torch.arange(width, device=lengths.device)
+    return t < lengths[:, None], t < lengths[:, None] + 1
+
+
+def token_logprobs(logits, tokens):
+    """log p(token) of tokens (B, Tr) under logits (B, Tr, V) -> (B, Tr)."""
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def token_entropies(logits):
+    """Entropy of each token's distribution in nats: (B, Tr, V) -> (B, Tr)."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def k1(logprobs, ref_logprobs):
+    """KL estimate log pi - log ref of each token: unbiased, may be negative [detail 32]. (B, Tr) -> (B, Tr)."""
+    return logprobs - ref_logprobs
+
+
+def k3(logprobs, ref_logprobs):
+    """KL estimate ref/pi - 1 - log(ref/pi): unbiased too, never negative (Schulman 2020). (B, Tr) -> (B, Tr)."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(kl, scores, lengths, kl_coef):
+    """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each [details 32, 33] -> (B, Tr).
+
+    That index is e + 1, one step after EOS, or e where the response fills the last column. No token is chosen there:
+    it teaches the critic, and reaches the policy through the advantages of the tokens before it.
+    """
+    rewards = -kl_coef * kl
+    score_index = torch.where(lengths < kl.shape[1], lengths, lengths - 1)  # lengths = e + 1
+    rewards[torch.arange(len(kl), device=kl.device), score_index] += scores
+    return rewards
+
+
+def masked_mean(values, mask):
+    """Mean of values where mask is True, over all ranks [E8]. Every rank must call it. (B, Tr), (B, Tr) -> scalar."""
+    total, count = all_sum(torch.stack([(values * mask).sum(), mask.sum().float()]))
+    return total / count
+
+
+def masked_whiten(values, mask, shift_mean=True):
+    """(values - mean) / sqrt(biased variance + 1e-8) over the mask and all ranks; 0 elsewhere [details 24, 25, 37].
+
+    shift_mean=False adds the mean back.
+    """
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean) ** 2, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+def gae(rewards, values, gamma, lam):
+    """Generalised advantage estimation, no value after the last column [detail 36].
+
+    rewards, values (B, Tr), 0 where nothing counts -> advantages, returns (B, Tr).
+    delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V_t
+    """
+    advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = advantage = delta + gamma * lam * advantage
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+# ---- Algorithm: losses ------------------------------------------------------------------------------------
+
+
+def policy_losses(new_logprobs, logprobs, advantages, cliprange):
+    """PPO's clipped surrogate of each token, and the share that is clipped [detail 38]. (B, Tr) each -> two (B, Tr)."""
+    ratio = torch.exp(new_logprobs - logprobs)
+    unclipped = -advantages * ratio
+    clipped = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
+    return torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+
+
+def value_losses(new_values, values, returns, cliprange_value):
+    """Half the squared error of each value, clipped around the rollout's value, and the share clipped [detail 39]."""
+    clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
+    unclipped, clipped = (new_values - returns) ** 2, (clipped_values - returns) ** 2
+    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+
+
+# ---- Rollouts and evaluation ------------------------------------------------------------------------------
+
+
+def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device):
+    """Queries (B, Tq) and their mask, truncated responses (B, Tr), lengths (B,), ended (B,) for (ids, text) prompts."""
+    queries, query_mask = pad([ids for ids, _ in prompts], tokenizer.pad_token_id, "left", device)  # [detail 5]
+    responses = torch.empty(noise.shape, dtype=torch.long, device=device)
+    noise = noise.to(device)
+    for rows in chunks(sorted(range(len(prompts)), key=lambda i: len(prompts[i][0])), args.rollout_batch_size):
+        width = len(prompts[rows[-1]][0])  # like lengths are decoded together, cut to their longest
+        responses[rows] = generate(
+            model, queries[rows, -width:], query_mask[rows, -width:], noise[rows], args.temperature, args.top_p,
+            args.repetition_penalty, forbidden, eos_ids, tokenizer.pad_token_id)
+    return queries, query_mask, *truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args):
+    """Score of each response (B,): the reward model's at the last token, or a Python function's on the texts."""
+    if reward_function:
+        scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=queries.device)
+    else:
+        ids, whole_mask = torch.cat([queries, responses], dim=1), torch.cat([query_mask, mask], dim=1)
+        scores = torch.cat([at_last_token(reward_model(ids[rows], whole_mask[rows]), whole_mask[rows])
+                            for rows in torch.arange(len(ids)).split(args.rollout_batch_size)])
+    if args.missing_eos_score is None:
+        return scores
+    return torch.where(ended, scores, args.missing_eos_score)  # [detail 23] replaced, not reduced
+
+
+def cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
+    """Micro-batch of the given rows without columns that are padding in all of them: ids, mask (b, T), response width."""
+    tq, tr = max(query_lengths[i] for i in rows), max(response_lengths[i] for i in rows)
+    ids = torch.cat([queries[rows, -tq:], responses[rows, :tr]], dim=1)
+    return ids, torch.cat([query_mask[rows, -tq:], mask[rows, :tr]], dim=1), tr
+
+
+# ---- Main -------------------------------------------------------------------------------------------------
+
+
+def main(args: Args):
+    # 1. ranks, data, models
+    share = world_size() * args.num_minibatches
+    if args.batch_size % share or args.total_episodes < args.batch_size:
+        lower = args.batch_size // share * share
+        fail(f"--batch_size {args.batch_size} must divide by {world_size()} ranks x {args.num_minibatches} minibatches "
+             f"and not exceed --total_episodes {args.total_episodes}; batch sizes that divide: "
+             f"{', '.join(str(size) for size in (lower, lower + share) if size)}")
+    device = init_distributed(args.timeout_minutes)
+    tokenizer = load_tokenizer(args.sft_model, "--sft_model")
+    prompts = load_prompts(args.prompts, "--prompts", tokenizer, args)
+    eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
+    gold_function = load_function(args.gold_function, "--gold_function") if args.gold_function else None
+    reward_function = load_function(args.reward_function, "--reward_function") if args.reward_function else None
+    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # [detail 7] all four without dropout
+    ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device).eval()
+    check_length(policy, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
+    if reward_function:  # [E13] no reward model to start the critic from: the SFT model with a head of zeros
+        reward_model, classifier = None, load_classifier(args.sft_model, "--sft_model", tokenizer)
+        torch.nn.init.zeros_(classifier.score.weight)
+    else:
+        if load_tokenizer(args.reward_model, "--reward_model").get_vocab() != tokenizer.get_vocab():
+            fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model {args.sft_model}. "
+                 "Train a reward model from this SFT model with reward_model.py")
+        classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)
+        reward_model = load_classifier(args.reward_model, "--reward_model", tokenizer, args.bf16)
+        reward_model = ScalarModel(reward_model).to(device).eval()
+    critic = ScalarModel(classifier)  # [detail 22] a model of its own, started from the reward model, constant and all
+    spare = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device) if args.zero_stage == 3 else None
+    engines = {}
+    for name, model, lr in (("policy", policy, args.lr), ("critic", critic, args.critic_lr)):  # [E9] an optimizer each
+        if args.gradient_checkpointing:
+            getattr(model, "classifier", model).gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
+            model.to(device).parameters(), lr=lr, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
+        engines[name] = create_engine(model, optimizer, args)
+    pad_id, eos_ids = tokenizer.pad_token_id, torch.tensor(eos_token_ids(policy, tokenizer), device=device)
+    vocabulary = torch.arange(policy.get_output_embeddings().weight.shape[0], device=device)
+    forbidden = (vocabulary >= len(tokenizer)) | (vocabulary == pad_id)  # [E12] rows without a token, and PAD
+
+    # 2. output folder, resume
+    folder = open_run(args, "ppo")
+    state = (load_checkpoint(folder, engines) if args.resume else None) or {"step": 0, "best": float("-inf")}
+    tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
+    print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} parameters, "
+           f"{world_size()} rank(s) on {device.type}")
+    print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs each; "
+           f"writes {folder}")
+    if args.lr <= 1e-6 and count_parameters(policy) < 1e8:
+        print0(f"{'note':<22}--lr {args.lr:g} suits models of 1B parameters and more. This one has "
+               f"{count_parameters(policy) / 1e6:.1f}M and will hardly move; its default is {Args.lr:g}")
+
+    def evaluate(update):
+        """Continue the held-out prompts, with the same noise at every update and for every seed."""
+        mine = range(rank(), len(eval_prompts), world_size())
+        noise = sampling_noise(0, 0, mine, args.response_length)
+        decoder = rollout_weights(engines["policy"], spare).eval()
+        queries, query_mask, responses, lengths, ended = rollout(
+            decoder, [eval_prompts[i] for i in mine], noise, args, tokenizer, forbidden, eos_ids, device)
+        mask, _ = response_masks(lengths, args.response_length)
+        kl = torch.zeros(noise.shape, device=device)
+        for rows in torch.arange(len(mine)).split(args.rollout_batch_size):
+            ids = torch.cat([queries[rows], responses[rows]], dim=1)
+            whole_mask = torch.cat([query_mask[rows], mask[rows]], dim=1)
+            with torch.no_grad():
+                new, ref = (token_logprobs(response_logits(model, ids, whole_mask, args.response_length,
+                            args.temperature, forbidden), responses[rows]) for model in (decoder, ref_policy))
+            kl[rows] = k1(new, ref) * mask[rows]
+        texts = [eval_prompts[i][1] for i in mine], tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
+        golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else [float("nan")] * len(mine)
+        samples = gather_rows([
+            {"query": query, "response": response, "score": score, "gold": gold, "kl": sequence_kl, "length": length,
+             "ended": end, "start": start} for query, response, score, gold, sequence_kl, length, end, start in zip(
+                *texts, scores.tolist(), golds, kl.sum(1).tolist(), lengths.tolist(), ended.tolist(),
+                responses[:, :4].tolist())])
+        metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples]))
+                   for name in ("score", "gold", "kl", "length", "ended") if name != "gold" or gold_function}
+        # few different first four tokens: the policy says the same thing everywhere
+        metrics["eval/distinct_starts"] = len({tuple(row.pop("start")) for row in samples}) / len(samples)
+        metrics["eval/rlhf_reward"] = metrics["eval/score"] - args.kl_coef * metrics["eval/kl"]
+        tracker.samples(update, samples)
+        tracker.log(update, metrics)
+        gold = f"  gold {metrics['eval/gold']:.3f}" if gold_function else ""
+        print0(f"{update:>6}/{args.num_updates}  held-out score {metrics['eval/score']:.3f}{gold}  "
+               f"kl {metrics['eval/kl']:.2f}  length {metrics['eval/length']:.1f}")
+        return metrics, samples
+
+    if state["step"] == 0:
+        metrics, samples = evaluate(0)
+        state |= {"before": metrics, "samples_before": [row["response"] for row in samples[:20]]}
+
+    for update in range(state["step"] + 1, args.num_updates + 1):
+        clock = [time.time()]
+        fraction_left = 1 - (update - 1) / args.num_updates  # [detail 42] linear to 0
+        lr, critic_lr = args.lr * fraction_left, args.critic_lr * fraction_left
+
+        # 3. rollout: this rank's episodes of the update
+        first = (update - 1) * args.batch_size
+        episodes = range(first + rank(), first + args.batch_size, world_size())
+        batch_prompts = [prompts[prompt_of_episode(n, len(prompts), args.seed)] for n in episodes]
+        noise = sampling_noise(args.seed, update, episodes, args.response_length)
+        decoder = rollout_weights(engines["policy"], spare).eval()
+        queries, query_mask, responses, lengths, ended = rollout(
+            decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
+        engines["policy"].train()
+        mask, value_mask = response_masks(lengths, args.response_length)  # (B, Tr) bool, True = counts
+        query_lengths, response_lengths = [len(ids) for ids, _ in batch_prompts], lengths.tolist()
+        texts = [text for _, text in batch_prompts], tokenizer.batch_decode(responses, skip_special_tokens=True)
+        clock.append(time.time())
+
+        # 4. scores
+        scores = score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
+        golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else []
+
+        # 5. micro-batches of every epoch, then log-probabilities and values by exactly the forwards of the first one
+        plan = []  # [epoch][minibatch][micro-batch] -> rows of this rank
+        for epoch in range(args.num_ppo_epochs):
+            order = permutation(len(episodes), args.seed, update, rank(), epoch)  # [detail 41] a fresh one each epoch
+            minibatches = chunks(order, len(episodes) // args.num_minibatches)
+            for rows in minibatches:  # like lengths share a micro-batch; the minibatch's gradient is the same
+                rows.sort(key=lambda i: query_lengths[i] + response_lengths[i])
+            plan.append([chunks(rows, args.micro_batch_size) for rows in minibatches])
+        logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr) each
+        for rows in (rows for minibatch in plan[0] for rows in minibatch):
+            ids, whole_mask, tr = cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+            with torch.no_grad():
+                logits = response_logits(engines["policy"], ids, whole_mask, tr, args.temperature, forbidden)
+                ref_logits = response_logits(ref_policy, ids, whole_mask, tr, args.temperature, forbidden)
+                new_values = engines["critic"](ids, whole_mask)[:, -tr - 1 :][:, : args.response_length]
+            logprobs[rows, :tr] = token_logprobs(logits, responses[rows, :tr])
+            ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
+            entropies[rows, :tr] = token_entropies(logits)
+            values[rows, : new_values.shape[1]] = new_values  # [detail 28] V_t is read before token t
+        logprobs, ref_logprobs, values = logprobs * mask, ref_logprobs * mask, values * value_mask  # [details 30, 31]
+        clock.append(time.time())
+
+        # 6. rewards and advantages
+        kl = k1(logprobs, ref_logprobs)  # (B, Tr), 0 after EOS
+        rewards = token_rewards(kl, scores, lengths, args.kl_coef)  # (B, Tr)
+        if args.whiten_rewards:
+            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [details 24, 35]
+        advantages, returns = gae(rewards, values, args.gamma, args.lam)  # [detail 36] returns before whitening
+        advantages = masked_whiten(advantages, mask)  # [details 25, 37]
+        stop_if_not_finite({"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
+                           {"queries": queries, "responses": responses}, folder, update)
+
+        # 7. update: epochs x minibatches optimizer steps
+        sums = torch.zeros(7, device=device)  # over counted tokens, then divided by their number on all ranks
+        counted, grad_norms = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        ratio_max = torch.zeros((), device=device)
+        for epoch in range(args.num_ppo_epochs):
+            for m, minibatch in enumerate(plan[epoch]):
+                minibatch_rows = [i for rows in minibatch for i in rows]
+                counts = all_sum(torch.stack([mask[minibatch_rows].sum(), value_mask[minibatch_rows].sum()]).float())
+                counted += counts
+                drift = torch.zeros((), device=device)
+                for rows in minibatch:
+                    ids, mb_mask, tr = cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+                    logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
+                    new_logprobs = token_logprobs(logits, responses[rows, :tr])  # (b, tr)
+                    token_mask = mask[rows, :tr]
+                    pg_losses, pg_clipped = policy_losses(
+                        new_logprobs, logprobs[rows, :tr], advantages[rows, :tr], args.cliprange)
+                    pg_loss = (pg_losses * token_mask).sum()
+                    engines["policy"].backward(pg_loss / counts[0] * world_size())  # [E2] DeepSpeed averages ranks
+
+                    new_values = engines["critic"](ids, mb_mask)[:, -tr - 1 :][:, : args.response_length]
+                    tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well
+                    vf_losses, vf_clipped = value_losses(
+                        new_values, values[rows, :tv], returns[rows, :tv], args.cliprange_value)
+                    vf_loss = (vf_losses * value_mask[rows, :tv]).sum()
+                    engines["critic"].backward(args.vf_coef * vf_loss / counts[1] * world_size())  # [detail 39]
+
+                    with torch.no_grad():
+                        log_ratio = (new_logprobs - logprobs[rows, :tr]) * token_mask
+                        drift = torch.maximum(drift, log_ratio.abs().max())
+                        ratio_max = torch.maximum(ratio_max, log_ratio.max().exp())
+                        sums += torch.stack([
+                            pg_loss, (pg_clipped * token_mask).sum(), 0.5 * (log_ratio**2).sum(),
+                            (log_ratio.exp() * token_mask).sum(), (log_ratio.exp() ** 2 * token_mask).sum(),
+                            vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()])
+                if epoch == m == 0:  # [E14] nothing is trained yet: the ratio must be 1
+                    drift = float(all_max(drift))
+                    if drift > 1e-4 and args.bf16:
+                        print0(f"warning: update {update}: first log ratio off by {drift:.1e} (bf16 rounding)")
+                    elif drift > 1e-4:
+                        fail(f"update {update}: the policy's log-probabilities moved by {drift:.1e} before any training. "
+                             "Rollout and update disagree: dropout, temperature, padding or the model's forward")
+                grad_norms += torch.stack([optimizer_step(engines["policy"], lr), optimizer_step(engines["critic"], critic_lr)])
+        clock.append(time.time())
+
+        # 8. log: masked means over counted tokens or over episodes, on all ranks
+        episode_sums = all_sum(torch.stack([x.sum() for x in (
+            scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(), torch.tensor(golds))]))
+        score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
+        sums = all_sum(sums)
+        pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (sums[:5] / counted[0]).tolist()
+        vf_loss, vf_clipfrac = (sums[5:] / counted[1]).tolist()
+        steps = args.num_ppo_epochs * args.num_minibatches
+        return_mean = masked_mean(returns, value_mask)
+        unexplained = masked_mean((returns - values - masked_mean(returns - values, value_mask)) ** 2, value_mask)
+        metrics = {
+            "objective/scores": score, "objective/kl": mean_kl, "objective/kl_k3": mean_k3, "objective/entropy": entropy,
+            "objective/non_score_reward": -args.kl_coef * mean_kl, "objective/rlhf_reward": score - args.kl_coef * mean_kl,
+            **({"objective/gold": gold} if gold_function else {}),
+            "policy/entropy_avg": masked_mean(entropies, mask), "policy/approxkl_avg": approx_kl,
+            "policy/clipfrac_avg": pg_clipfrac, "loss/policy_avg": pg_loss, "loss/value_avg": vf_loss,
+            "val/clipfrac_avg": vf_clipfrac, "val/ratio": ratio, "val/ratio_var": ratio_square - ratio**2,
+            "val/ratio_max": all_max(ratio_max),
+            "val/explained_variance": 1 - unexplained / masked_mean((returns - return_mean) ** 2, value_mask),
+            "val/length": length, "val/ended": share_ended, "policy/grad_norm": grad_norms[0] / steps,
+            "val/grad_norm": grad_norms[1] / steps, "lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
+        stop_if_not_finite(metrics, {"queries": queries, "responses": responses}, folder, update)
+        seconds = dict(zip(("generate", "score", "train"), np.diff(clock)))
+        tracker.log(update, metrics | {f"time/{name}_seconds": value for name, value in seconds.items()} | {
+            "time/generate_tokens_per_second": length * args.batch_size / seconds["generate"]})
+        tracker.line(update, args.num_updates, score=(score, "6.3f"), **({"gold": (gold, ".3f")} if gold_function else {}),
+                     kl=(mean_kl, "6.2f"), length=(length, "4.1f"), ended=(share_ended, ".2f"),
+                     entropy=(float(metrics["policy/entropy_avg"]), ".2f"))
+        if mean_kl > 40:
+            print0("warning: KL above 40 nats. In the paper, runs beyond it had the best scores and the worst texts")
+
+        # 9. evaluate, keep the best, save
+        if update % args.eval_every == 0 or update == args.num_updates:
+            after, samples = evaluate(update)
+            if after["eval/rlhf_reward"] > state["best"]:
+                state["best"] = after["eval/rlhf_reward"]
+                save_model(engines["policy"], policy, tokenizer, folder / "best")
+        if update % args.save_every == 0 and update < args.num_updates:
+            save_checkpoint(folder, update, engines, {key: state[key] for key in ("best", "before", "samples_before")})
+
+    # 10. save, show samples before and after
+    save_model(engines["policy"], policy, tokenizer, folder)
+    save_model(engines["critic"], critic.classifier, tokenizer, folder / "critic")
+    model_card(folder, "ppo.py", args.sft_model, args.prompts, [
+        f"Held-out score {state['before']['eval/score']:.3f} -> {after['eval/score']:.3f}, KL {after['eval/kl']:.2f}."])
+    side_by_side = [{"query": row["query"], "before": before, "after": row["response"], "score": row["score"]}
+                    for row, before in zip(samples, state["samples_before"])]
+    tracker.close({"before": state["before"], "after": after, "best_rlhf_reward": state["best"],
+                   "episodes": args.num_updates * args.batch_size, "samples": side_by_side})
+    for row in side_by_side[:8]:
+        print0(f"\n{row['query']}\n  before:{row['before']}\n  after: {row['after']}")
+    print0(f"\nsaved {folder}: score {state['before']['eval/score']:.3f} -> {after['eval/score']:.3f}" + (
+        f", gold {state['before']['eval/gold']:.3f} -> {after['eval/gold']:.3f}" if gold_function else ""))
+    finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

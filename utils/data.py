@@ -1,0 +1,160 @@
+"""Plumbing for data: files and Hub sets into rows, permutations, padding, and a word on what was read."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.launch import fail, print0, rank, world_size
+from utils.models import first_line
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def load_rows(path, flag, columns, split="train"):
+    """Rows of a data set as a list of dicts.
+
+    path: a .jsonl, .json, .csv or .parquet file, a local folder that `datasets` can read, or a Hub id.
+    columns: the alternatives of columns that the script understands, e.g. [("text",), ("prompt", "completion")];
+        the first alternative that the rows have is checked: text in every row, named with its line otherwise.
+    """
+    file = Path(path)
+    if file.is_file():
+        if file.suffix not in FORMATS:
+            fail(f"{flag} {path}: unknown kind of file. Understood: {', '.join(FORMATS)}, a folder or a Hub id")
+        rows = _read_jsonl(path, flag) if file.suffix == ".jsonl" else _read_with_datasets(path, flag, split)
+    elif file.is_dir() or (path.count("/") == 1 and not path.startswith(("assets/", "runs/", ".", "/"))):
+        rows = _read_with_datasets(path, flag, split)
+    else:
+        fail(f"{flag} {path}: no such file or folder")
+    if not rows:
+        fail(f"{flag} {path}: no rows in it")
+    wanted = next((names for names in columns if set(names) <= set(rows[0])), None)
+    if wanted is None:
+        understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
+        fail(f"{flag} {path}: found the columns {{{', '.join(rows[0])}}}; understood are {understood}")
+    for number, row in enumerate(rows, 1):
+        for name in wanted:
+            if not isinstance(row.get(name), str):
+                fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
+    return rows
+
+
+def _read_jsonl(path, flag):
+    rows = []
+    with open(path, encoding="utf-8-sig", errors="strict") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        fail(f"{flag} {path}, line {number}: not a JSON object")
+        except json.JSONDecodeError as error:
+            fail(f"{flag} {path}, line {number}: broken JSON ({error.msg}, column {error.colno})")
+        except UnicodeDecodeError:
+            fail(f"{flag} {path}: not UTF-8 text")
+    return rows
+
+
+def _read_with_datasets(path, flag, split):
+    import datasets
+
+    datasets.disable_progress_bars()
+    kind = {".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix)
+    try:
+        if kind:
+            table = datasets.load_dataset(kind, data_files=path, split="train")
+        elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(path)
+            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+        else:
+            table = datasets.load_dataset(path, split=split)
+    except Exception as error:
+        fail(f"{flag} {path}: cannot be read ({first_line(error)})")
+    return table.to_list()
+
+
+def load_function(spec, flag):
+    """The function that `module:name` names; the current folder is on the import path."""
+    module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        fail(f"{flag} {spec}: cannot import it ({first_line(error)}). Write it as module:function")
+
+
+def call_judge(function, flag, queries, responses):
+    """Scores of a Python judge as a list of floats, or one line that names what it did wrong."""
+    try:
+        scores = [float(score) for score in function(queries, responses)]
+    except Exception as error:
+        row = next((i for i, pair in enumerate(zip(queries, responses)) if _raises(function, *pair)), None)
+        where = "" if row is None else f" on query {queries[row]!r:.60}, response {responses[row]!r:.60}"
+        fail(f"{flag}: it failed{where} ({first_line(error)})", every_rank=True)
+    if len(scores) != len(queries):
+        fail(f"{flag}: it returned {len(scores)} scores for {len(queries)} responses", every_rank=True)
+    return scores
+
+
+def _raises(function, query, response):
+    try:
+        [float(score) for score in function([query], [response])]
+    except Exception:
+        return True
+    return False
+
+
+def permutation(size, *address):
+    """A permutation of range(size) that depends on the address (seed, epoch, ...) alone."""
+    return np.random.default_rng(address).permutation(size).tolist()
+
+
+def rows_of_this_rank(rows):
+    """Every world-th row from this rank's number on; None where the share is shorter than the longest one.
+
+    The Nones become rows that count for nothing, so that every rank runs the same number of micro-batches.
+    """
+    longest = -(-len(rows) // world_size())
+    mine = list(rows[rank() :: world_size()])
+    return mine + [None] * (longest - len(mine))
+
+
+def chunks(rows, size):
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def pad(sequences, pad_id, side, device=None):
+    """Token ids of unequal lengths as one tensor: ids (B, T), and mask (B, T) bool, True at real tokens."""
+    width = max(map(len, sequences), default=0)
+    ids = torch.full((len(sequences), width), pad_id)
+    mask = torch.zeros((len(sequences), width), dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+        ids[i, where] = torch.tensor(sequence, dtype=torch.long)
+        mask[i, where] = True
+    return ids.to(device), mask.to(device)
+
+
+def describe(name, path, lengths, dropped):
+    """Say what was read: rows kept, rows dropped by reason, token lengths."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none"
+    if not lengths:
+        fail(f"{path}: no row is left (dropped: {reasons})")
+    median, p95 = np.percentile(lengths, [50, 95])
+    print0(f"{name:<22}{path}: {len(lengths):,} rows (dropped: {reasons}); "
+           f"tokens: median {median:.0f}, 95 % {p95:.0f}, longest {max(lengths)}")
+
+
+def show_example(tokenizer, ids, counted):
+    """Print one row as the model sees it, the tokens that the loss counts between ⟦ and ⟧."""
+    text, inside = "", False
+    for token, counts in zip(ids, counted):
+        text += ("⟦" if counts and not inside else "⟧" if inside and not counts else "") + tokenizer.decode([token])
+        inside = counts
+    print0(f"{'example':<22}{text + ('⟧' if inside else '')!r}  (the loss counts ⟦...⟧)")

@@ -1,0 +1,201 @@
+"""Plumbing between the command line and the algorithm: ranks, devices, DeepSpeed engines, one-line errors."""
+
+import logging
+import os
+import socket
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# ---- Errors -----------------------------------------------------------------------------------------------
+
+
+def fail(message, every_rank=False):
+    """End the program with one line and exit code 1. Checks that all ranks make alike are printed by rank 0."""
+    if rank() == 0 or every_rank:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def print0(*args):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+# ---- Ranks ------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def init_distributed(timeout_minutes=30.0):
+    """Join the process group of whichever launcher started us (deepspeed, torchrun, plain python).
+
+    Returns the torch.device of this rank. DeepSpeed's shared-memory op for CPUs is switched off: it is compiled
+    at run time, and a machine without a C compiler would stop there.
+    """
+    import deepspeed  # here and not above, so that --help and errors in the arguments come at once
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+    # One CPU thread a rank unless the user says otherwise: small models are fastest so (two threads that share
+    # busy cores can be many times slower), and the same run gives the same bits on any number of cores.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return device
+
+
+def finish():
+    """Leave together: a rank that exits first can make the others abort."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_sum(tensor):
+    """Sum of a tensor over all ranks, in place. Every rank must call it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(tensor):
+    """Maximum of a tensor over all ranks, in place. Every rank must call it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_rows(rows):
+    """The lists of all ranks, interleaved back into one: rank r holds items r, r + world, r + 2 world, ..."""
+    if world_size() == 1:
+        return list(rows)
+    shards = [None] * world_size()
+    dist.all_gather_object(shards, list(rows))
+    longest = max(len(shard) for shard in shards)
+    return [shard[i] for i in range(longest) for shard in shards if i < len(shard)]
+
+
+def from_rank0(make):
+    """The result of `make()`, called on rank 0 alone and sent to the others. It must not use collectives."""
+    box = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+# ---- DeepSpeed --------------------------------------------------------------------------------------------
+
+
+def deepspeed_config(args):
+    """The whole DeepSpeed configuration. What matters for the numbers is written out, never left to a default.
+
+    Gradient accumulation is ours: a script calls `engine.backward(loss_sum / global_count * world_size)` for each
+    micro-batch, then one `engine.step()`, so the two sizes below are only what DeepSpeed insists on.
+    """
+    zero = {"stage": args.zero_stage}
+    if args.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    if args.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,  # DeepSpeed's own default is 1.0
+        "bf16": {"enabled": args.bf16},  # bf16 weights with fp32 master weights and optimizer state
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW offloads too, and needs no compiler
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def clips_itself(args):
+    """Plain fp32 at ZeRO 0, where DeepSpeed reports no gradient norm: `create_engine` measures and clips there."""
+    return args.zero_stage == 0 and not args.bf16
+
+
+def create_engine(model, optimizer, args):
+    """Wrap a model and its torch optimizer for training. Call the engine, `backward`, then `optimizer_step`."""
+    import deepspeed
+
+    if args.offload_optimizer and args.zero_stage == 0:
+        fail("--offload_optimizer needs --zero_stage 2 or 3")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(args))
+    engine.grad_norm = None
+    if clips_itself(args):
+
+        def measure_and_clip(*_):  # runs after the gradients are averaged over the ranks, before the update
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            engine.grad_norm = torch.nn.utils.get_total_norm(grads)
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, engine.grad_norm)
+
+        optimizer.register_step_pre_hook(measure_and_clip)
+    return engine
+
+
+def optimizer_step(engine, lr):
+    """One optimizer step at this learning rate. Returns the global gradient norm before clipping (a tensor)."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.step()
+    norm = engine.get_global_grad_norm() if engine.grad_norm is None else engine.grad_norm
+    return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+
+
+def full_state_dict(engine):
+    """All weights of an engine on rank 0, gathered where ZeRO 3 has them in pieces. Every rank must call it."""
+    if engine.zero_optimization_stage() < 3:
+        return engine.module.state_dict()
+    import deepspeed
+
+    state = {}
+    for name, param in engine.module.named_parameters(remove_duplicate=False):
+        with deepspeed.zero.GatheredParameters([param]):
+            if rank() == 0:
+                state[name] = param.detach().cpu().clone()
+    return state
+
+
+@torch.no_grad()
+def rollout_weights(engine, spare):
+    """A module to decode with: the engine's own, or at ZeRO 3 `spare`, filled with the gathered weights.
+
+    Decoding through ZeRO 3 itself gathers every layer for every token, and hangs where ranks stop at different
+    lengths. Every rank must call it.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return engine.module
+    import deepspeed
+
+    for param, copy in zip(engine.module.parameters(), spare.parameters()):
+        with deepspeed.zero.GatheredParameters([param]):
+            copy.copy_(param)
+    return spare

@@ -1,0 +1,133 @@
+"""Loading and saving Hugging Face folders: tokenizer, language models, sequence classifiers. Safe by default."""
+
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from utils.launch import fail, full_state_dict, rank
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def check_model_folder(path, flag):
+    """Fail in one line on a missing local folder, one that holds no model, or one with pickled weights only.
+
+    A path counts as local when it exists, or cannot be a Hub id (which is `name` or `owner/name`).
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if path.count("/") == 1 and not path.startswith(("assets/", "runs/", ".", "/")):
+            return  # a Hub id: transformers says what is wrong with it, if anything
+        fail(f"{flag} {path}: no such folder. Give a Hugging Face model folder or a Hub id such as EleutherAI/pythia-1b")
+    if not (folder / "config.json").is_file():
+        fail(f"{flag} {path}: this folder has no config.json, so it is not a Hugging Face model folder")
+    if not list(folder.glob("*.safetensors")):
+        fail(f"{flag} {path}: this folder has no *.safetensors weights. Pickled weights (*.bin) are not loaded, "
+             "because loading them can run code: convert them to safetensors first")
+
+
+def load_tokenizer(path, flag):
+    """Tokenizer of a model folder or Hub id, with an EOS, and a PAD of its own that is not EOS.
+
+    A tokenizer without PAD gets `[PAD]`; one whose PAD is its EOS is refused, since a loss that skips PAD would
+    then never teach the model to stop.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        fail(f"{flag} {path}: cannot load a tokenizer from it ({first_line(error)}). "
+             "Save one there with tokenizer.save_pretrained")
+    if not len(tokenizer):
+        fail(f"{flag} {path}: the tokenizer there is empty. Save one with tokenizer.save_pretrained")
+    if tokenizer.eos_token_id is None:
+        fail(f"{flag} {path}: its tokenizer has no EOS token, so no response could ever end. Set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        fail(f"{flag} {path}: its PAD token is its EOS token ({tokenizer.eos_token!r}), so EOS would be masked as "
+             "padding and never learned. Remove pad_token from tokenizer_config.json: a [PAD] of its own is then added")
+    return tokenizer
+
+
+def load_causal_lm(path, flag, tokenizer, bf16=False):
+    """AutoModelForCausalLM in fp32 (bf16: in bf16), dropout off. Resized only where the tokenizer would not fit."""
+    model = _load(AutoModelForCausalLM, path, flag, bf16)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    return disable_dropout(model)
+
+
+def load_classifier(path, flag, tokenizer, bf16=False):
+    """AutoModelForSequenceClassification with one label, dropout off. A new head is left as transformers makes it."""
+    model = _load(AutoModelForSequenceClassification, path, flag, bf16, num_labels=1)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        fail(f"{flag} {path}: {type(model).__name__} has no linear `score` head. Families whose classifier has one "
+             "(GPT-NeoX, GPT-2, Llama, Qwen, Mistral, Gemma, ...) work")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id  # AutoModelForSequenceClassification finds the end by it
+    return disable_dropout(model)
+
+
+def _load(auto_class, path, flag, bf16, **options):
+    check_model_folder(path, flag)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    try:
+        model = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:
+        fail(f"{flag} {path}: cannot load a model from it ({first_line(error)})")
+    return model
+
+
+def disable_dropout(model):
+    """Set every dropout of a model to zero: modules, and the floats that attention layers keep in their config."""
+    for key, value in vars(model.config).items():
+        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            setattr(model.config, key, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for key, value in vars(module).items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(module, key, 0.0)
+    return model
+
+
+def eos_token_ids(model, tokenizer):
+    """All ids that end a response: the tokenizer's EOS and those of the generation config (chat models have more)."""
+    more = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    return sorted({tokenizer.eos_token_id, *more})
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def save_model(engine, model, tokenizer, folder):
+    """Write a plain Hugging Face folder from an engine. `model` is the Hugging Face model inside it.
+
+    Every rank must call it. The model is reloaded by transformers' own classes without any of our code.
+    """
+    state = full_state_dict(engine)
+    if rank() == 0:
+        inner = next((name + "." for name, m in engine.module.named_modules() if m is model and name), "")
+        state = {name.removeprefix(inner): tensor for name, tensor in state.items()}
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_length(model, tokens, flags):
+    """Fail in one line where a model has fewer positions than the run may need."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        fail(f"{flags} = {tokens} tokens, but the model has {limit} positions. Lower the flags")

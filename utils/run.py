@@ -1,0 +1,237 @@
+"""A run's folder: where it is written, checkpoints that can be trusted, exact resume, metrics and samples."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from utils.launch import barrier, fail, from_rank0, print0, rank, world_size
+
+# Flags that may change when a run is resumed: they alter neither the weights nor the metrics.
+FREE_ON_RESUME = {"output_dir", "resume", "overwrite", "save_every", "local_rank", "timeout_minutes"}
+
+
+# ---- The folder -------------------------------------------------------------------------------------------
+
+
+def open_run(args, name):
+    """Decide on the folder of this run and write args.json. Returns its Path.
+
+    Without --output_dir: the first free one of runs/NAME, runs/NAME-2, ..., or the last existing one to resume.
+    A folder in use is refused unless --resume or --overwrite is given; --overwrite deletes earlier runs only.
+    """
+
+    def decide():  # on rank 0; returns (folder, what is wrong or None)
+        folder = Path(args.output_dir) if args.output_dir else _numbered(name, args.resume)
+        record = folder / "args.json"
+        if args.resume:
+            if not record.is_file():
+                return folder, f"--resume: there is no run in {folder} to resume. Give its --output_dir"
+            before = json.loads(record.read_text())
+            now = _comparable(args)
+            changed = [f"--{key} {before.get(key)} -> {now.get(key)}" for key in sorted(set(before) | set(now))
+                       if key not in FREE_ON_RESUME and before.get(key) != now.get(key)]
+            if changed:
+                return folder, (f"--resume {folder}: the run was started with other settings ({'; '.join(changed)}). "
+                                "Resume with the same, or start a new run in another --output_dir")
+            if (folder / "summary.json").is_file():
+                return folder, f"--resume {folder}: this run is complete, there is nothing to resume"
+            return folder, None
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if not args.overwrite:
+                return folder, (f"--output_dir {folder}: in use. Continue that run with --resume, "
+                                "replace it with --overwrite, or choose another folder")
+            if not record.is_file():
+                return folder, f"--overwrite {folder}: this is not a run of these scripts, so it is left alone"
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(_comparable(args), indent=1) + "\n")
+        return folder, None
+
+    folder, wrong = from_rank0(decide)
+    if wrong:
+        fail(wrong)
+    return folder
+
+
+def _numbered(name, existing):
+    number = 1
+    while (Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    number = max(1, number - 1) if existing else number
+    return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+
+def _comparable(args):
+    return {**dataclasses.asdict(args), "world_size": world_size()}
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, step, engines, state):
+    """Write checkpoints/step_N complete or not at all, and keep the last two. Every rank must call it.
+
+    engines: {name: DeepSpeed engine}; state: JSON-able values of the script. DeepSpeed writes weights, fp32 master
+    weights and optimizer state, in pieces at ZeRO 2 and 3. The files are pickles: load only your own.
+    """
+    checkpoints = folder / "checkpoints"
+    unfinished, finished = checkpoints / f"unfinished_{step:07d}", checkpoints / f"step_{step:07d}"
+    if rank() == 0:
+        for leftover in checkpoints.glob("unfinished_*"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+    barrier()
+    for name, engine in engines.items():
+        engine.save_checkpoint(str(unfinished), tag=name, save_latest=False)
+    barrier()
+    if rank() == 0:
+        (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
+        sums = {str(file.relative_to(unfinished)): _sha256(file) for file in _files(unfinished)}
+        (unfinished / "sha256.json").write_text(json.dumps(sums, indent=1))
+        for file in _files(unfinished):
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        unfinished.rename(finished)
+        for old in sorted(checkpoints.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_checkpoint(folder, engines):
+    """Load the newest checkpoint whose checksums hold into the engines. Returns its state, or None if there is none."""
+
+    def newest():  # on rank 0
+        for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+            try:
+                sums = json.loads((checkpoint / "sha256.json").read_text())
+                if all(_sha256(checkpoint / name) == value for name, value in sums.items()):
+                    return checkpoint
+            except (OSError, ValueError):
+                pass
+            print0(f"warning: {checkpoint} is damaged; trying the one before")
+        return None
+
+    checkpoint = from_rank0(newest)
+    if checkpoint is None:
+        print0(f"{folder} has no complete checkpoint: starting from the first step")
+        return None
+    for name, engine in engines.items():
+        engine.load_checkpoint(str(checkpoint), tag=name)
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def _files(folder):
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- Metrics ----------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """metrics.jsonl, samples.jsonl, TensorBoard and console lines of one run, on rank 0. Other ranks write nothing.
+
+    Metrics go to metrics.jsonl, the same bits in a resumed run; `time/...` figures go to times.jsonl.
+    """
+
+    def __init__(self, folder, args, first_step):
+        self.folder, self.first_step, self.started = folder, first_step, time.time()
+        self.last = {}
+        self.active = rank() == 0
+        if not self.active:
+            return
+        for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):  # drop rows after the resumed checkpoint
+            _keep_rows_before(folder / name, first_step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+
+    def log(self, step, metrics):
+        """Write one row of scalars (numbers or one-element tensors) for this step. Returns it as floats."""
+        metrics = {key: float(value) for key, value in metrics.items()}
+        self.last.update(metrics)
+        if self.active:
+            for name, is_time in (("metrics.jsonl", False), ("times.jsonl", True)):
+                row = {key: value for key, value in metrics.items() if key.startswith("time/") == is_time}
+                if row:
+                    with open(self.folder / name, "a") as file:
+                        file.write(json.dumps({"step": step, **row}) + "\n")
+            for key, value in metrics.items():
+                self.writer.add_scalar(key, value, step)
+            self.writer.flush()
+        return metrics
+
+    def samples(self, step, rows):
+        """Append sample rows (dicts) to samples.jsonl and show the first ten as a TensorBoard text table."""
+        if self.active and rows:
+            with open(self.folder / "samples.jsonl", "a") as file:
+                file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+            head = "|" + "|".join(rows[0]) + "|\n" + "|-" * len(rows[0]) + "|\n"
+            cells = ("|" + "|".join(_cell(value) for value in row.values()) + "|" for row in rows[:10])
+            self.writer.add_text("samples", head + "\n".join(cells), step)
+            self.writer.flush()
+
+    def line(self, step, last_step, **figures):
+        """One aligned console line with the time left."""
+        done = step - self.first_step + 1
+        left = (time.time() - self.started) / done * (last_step - step)
+        text = "  ".join(f"{name} {value:{spec}}" for name, (value, spec) in figures.items())
+        print0(f"{step:>6}/{last_step}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
+
+    def close(self, summary):
+        """Write summary.json last: its presence says that the run is complete."""
+        if self.active:
+            self.writer.close()
+            text = json.dumps({**summary, "seconds_this_process": round(time.time() - self.started, 1)}, indent=1)
+            (self.folder / "summary.json").write_text(text + "\n")
+
+
+def _keep_rows_before(file, step):
+    if file.is_file():
+        rows = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
+        file.write_text("".join(row + "\n" for row in rows))
+
+
+def _cell(value):
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " ")):
+        text = text.replace(old, new)
+    return text
+
+
+def model_card(folder, script, base, data, lines=()):
+    """README.md of a model folder: what it is, from what, and the command that made it."""
+    if rank() == 0:
+        command = " ".join([script] + [str(part) for part in __import__("sys").argv[1:]])
+        body = [f"# {Path(folder).name}", "", f"Made by `{script}` from `{base}` on `{data}`.", "",
+                f"Command: `python {command}`", "", *lines]
+        (Path(folder) / "README.md").write_text("\n".join(body).rstrip() + "\n")
+
+
+def stop_if_not_finite(quantities, batch, folder, step):
+    """Stop on the first NaN or infinity, by name, after saving the batch. Earlier checkpoints are left alone.
+
+    quantities: {name: tensor}, in the order in which they were computed; the same on every rank, or reduced so that
+    every rank sees a bad one. batch: anything that torch.save takes.
+    """
+    for name, value in quantities.items():
+        if not torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all():
+            file = folder / f"bad_batch_rank{rank()}.pt"
+            torch.save({"step": step, "first_bad": name, **batch}, file)
+            fail(f"step {step}: {name} is not finite. The batch is saved in {file}; "
+                 "the last checkpoint is untouched: resume from it with a lower learning rate", every_rank=True)
