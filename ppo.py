@@ -4,8 +4,8 @@ Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXi
 `[detail N]` are its numbers, `[E N]` our own choices; docs/details.md has every one with its reason.
 
 Differs from the paper's code, and so in the numbers:
-  1. losses, whitening and metrics are masked means over all ranks and micro-batches, not per micro-batch  [E2, E8]
-  2. policy and critic have an optimizer each; sampling stops at EOS, which changes nothing that counts    [E9, E10]
+  1. losses, whitening and metrics are masked means over all ranks and micro-batches, not per micro-batch  [E2] [E8]
+  2. policy and critic have an optimizer each; sampling stops at EOS, which changes nothing that counts    [E9] [E10]
   3. a token is drawn with noise addressed by (seed, update, episode, position), not from a stream         [E11]
 
 Run:     python ppo.py                                   the embedded task, CPU, minutes
@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from utils.data import call_judge, chunks, describe, load_function, load_rows, pad, permutation
 from utils.launch import all_max, all_sum, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
-from utils.launch import print0, rank, rollout_weights, world_size
+from utils.launch import print0, print_memory_plan, rank, rollout_weights, world_size
 from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_classifier, load_tokenizer
 from utils.models import save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
@@ -68,7 +68,7 @@ class Args:
     """sequences decoded and scored together per rank; changes memory and speed only. Paper: 64"""
 
     # PPO
-    total_episodes: int = 2560
+    total_episodes: int = 3200
     """episodes to roll out in all. Paper: 1,000,000"""
     batch_size: int = 64
     """episodes per update, over all ranks. Paper: 512"""
@@ -78,9 +78,9 @@ class Args:
     """optimizer steps per pass. Paper: 1"""
     micro_batch_size: int = 32
     """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B), 4 (2.8B), 1 (6.9B)"""
-    lr: float = 3e-4
+    lr: float = 5e-4
     """learning rate of the policy, falling linearly to 0. Paper: 3e-6"""
-    critic_lr: float = 3e-4
+    critic_lr: float = 5e-4
     """learning rate of the critic, falling linearly to 0. Paper: 3e-6"""
     weight_decay: float = 0.01
     """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
@@ -88,7 +88,7 @@ class Args:
     """AdamW epsilon. Paper: 1e-5"""
     max_grad_norm: float = 0.0
     """clip each model's global gradient norm here; 0 = off. Paper: off (detail 44)"""
-    kl_coef: float = 0.15
+    kl_coef: float = 0.4
     """price of a nat of KL from the reference, in reward. Paper: 0.05"""
     gamma: float = 1.0
     """discount. Paper: 1.0"""
@@ -320,7 +320,7 @@ def k3(logprobs, ref_logprobs):
 
 
 def token_rewards(kl, scores, lengths, kl_coef):
-    """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each [details 32, 33] -> (B, Tr).
+    """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each [detail 32] [detail 33] -> (B, Tr).
 
     That index is e + 1, one step after EOS, or e where the response fills the last column. No token is chosen there:
     it teaches the critic, and reaches the policy through the advantages of the tokens before it.
@@ -338,7 +338,7 @@ def masked_mean(values, mask):
 
 
 def masked_whiten(values, mask, shift_mean=True):
-    """(values - mean) / sqrt(biased variance + 1e-8) over the mask and all ranks; 0 elsewhere [details 24, 25, 37].
+    """(values - mean) / sqrt(biased variance + 1e-8) over the mask and all ranks; 0 elsewhere [detail 24] [detail 25] [detail 37].
 
     shift_mean=False adds the mean back.
     """
@@ -411,7 +411,7 @@ def score_responses(reward_model, reward_function, queries, query_mask, response
 
 
 def cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
-    """Micro-batch of the given rows without columns that are padding in all of them: ids, mask (b, T), response width."""
+    """Micro-batch of rows without the columns that are padding in all of them [E20]: ids, mask (b, T), response width."""
     tq, tr = max(query_lengths[i] for i in rows), max(response_lengths[i] for i in rows)
     ids = torch.cat([queries[rows, -tq:], responses[rows, :tr]], dim=1)
     return ids, torch.cat([query_mask[rows, -tq:], mask[rows, :tr]], dim=1), tr
@@ -468,12 +468,14 @@ def main(args: Args):
            f"{world_size()} rank(s) on {device.type}")
     print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs each; "
            f"writes {folder}")
+    print_memory_plan(args, count_parameters(policy) + count_parameters(critic), sum(
+        count_parameters(model) for model in (ref_policy, reward_model, spare) if model))
     if args.lr <= 1e-6 and count_parameters(policy) < 1e8:
         print0(f"{'note':<22}--lr {args.lr:g} suits models of 1B parameters and more. This one has "
                f"{count_parameters(policy) / 1e6:.1f}M and will hardly move; its default is {Args.lr:g}")
 
     def evaluate(update):
-        """Continue the held-out prompts, with the same noise at every update and for every seed."""
+        """Continue the held-out prompts, with the same noise at every update and for every seed [E16]."""
         mine = range(rank(), len(eval_prompts), world_size())
         noise = sampling_noise(0, 0, mine, args.response_length)
         decoder = rollout_weights(engines["policy"], spare).eval()
@@ -554,16 +556,16 @@ def main(args: Args):
             ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
             entropies[rows, :tr] = token_entropies(logits)
             values[rows, : new_values.shape[1]] = new_values  # [detail 28] V_t is read before token t
-        logprobs, ref_logprobs, values = logprobs * mask, ref_logprobs * mask, values * value_mask  # [details 30, 31]
+        logprobs, ref_logprobs, values = logprobs * mask, ref_logprobs * mask, values * value_mask  # [detail 30] [detail 31] [E15]
         clock.append(time.time())
 
         # 6. rewards and advantages
         kl = k1(logprobs, ref_logprobs)  # (B, Tr), 0 after EOS
         rewards = token_rewards(kl, scores, lengths, args.kl_coef)  # (B, Tr)
         if args.whiten_rewards:
-            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [details 24, 35]
+            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 24] [detail 35]
         advantages, returns = gae(rewards, values, args.gamma, args.lam)  # [detail 36] returns before whitening
-        advantages = masked_whiten(advantages, mask)  # [details 25, 37]
+        advantages = masked_whiten(advantages, mask)  # [detail 25] [detail 37]
         stop_if_not_finite({"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
                            {"queries": queries, "responses": responses}, folder, update)
 
@@ -612,9 +614,9 @@ def main(args: Args):
                 grad_norms += torch.stack([optimizer_step(engines["policy"], lr), optimizer_step(engines["critic"], critic_lr)])
         clock.append(time.time())
 
-        # 8. log: masked means over counted tokens or over episodes, on all ranks
+        # 8. log: masked means over counted tokens or over episodes, on all ranks [E8]
         episode_sums = all_sum(torch.stack([x.sum() for x in (
-            scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(), torch.tensor(golds))]))
+            scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(), torch.tensor(golds, device=device))]))
         score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
         sums = all_sum(sums)
         pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (sums[:5] / counted[0]).tolist()

@@ -30,7 +30,7 @@ import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
 from utils.launch import all_sum, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
-from utils.launch import print0, world_size
+from utils.launch import print0, print_memory_plan, world_size
 from utils.models import count_parameters, load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
 
@@ -57,7 +57,7 @@ class Args:
     """pairs per optimizer step, over all ranks. Paper: 64"""
     micro_batch_size: int = 32
     """pairs per forward and rank; changes memory and speed, not the gradient. Paper: 1"""
-    lr: float = 3e-3
+    lr: float = 4e-3
     """peak learning rate of AdamW. Paper: 3e-6"""
     warmup_ratio: float = 0.05
     """share of the steps with rising learning rate, before the cosine to 0. Paper: 0"""
@@ -272,13 +272,14 @@ def main(args: Args):
 
     # 2. output folder, schedule, resume
     folder = open_run(args, "reward_model")
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)
+    steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on {device.type}")
     print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} pairs = {args.epochs} epochs; writes {folder}")
+    print_memory_plan(args, count_parameters(model))
     show_example(tokenizer, train[0][0], [i == len(train[0][0]) - 1 for i in range(len(train[0][0]))])
 
     def evaluate_all(step):

@@ -42,6 +42,8 @@ def init_distributed(timeout_minutes=30.0):
     Returns the torch.device of this rank. DeepSpeed's shared-memory op for CPUs is switched off: it is compiled
     at run time, and a machine without a C compiler would stop there.
     """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # here and not above, so that --help and errors in the arguments come at once
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -113,7 +115,7 @@ def barrier():
 
 
 def deepspeed_config(args):
-    """The whole DeepSpeed configuration. What matters for the numbers is written out, never left to a default.
+    """The whole DeepSpeed configuration. What matters for the numbers is written out, not left to a default [E18].
 
     Gradient accumulation is ours: a script calls `engine.backward(loss_sum / global_count * world_size)` for each
     micro-batch, then one `engine.step()`, so the two sizes below are only what DeepSpeed insists on.
@@ -168,6 +170,17 @@ def optimizer_step(engine, lr):
     engine.step()
     norm = engine.get_global_grad_norm() if engine.grad_norm is None else engine.grad_norm
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+
+
+def print_memory_plan(args, trained, frozen=0):
+    """Print the bytes per rank of weights, gradients and Adam state for these numbers of parameters."""
+    shards = world_size() if args.zero_stage >= 2 else 1
+    weight, state = (2, 12) if args.bf16 else (4, 8)  # Adam's two moments, and with bf16 the fp32 master weights
+    weights = trained * weight / (shards if args.zero_stage == 3 else 1) + frozen * weight
+    gradients, optimizer = trained * weight / shards, trained * state / shards
+    where = "CPU memory" if args.offload_optimizer else "beside them"
+    print0(f"{'memory per rank':<22}{(weights + gradients) / 2**20:,.0f} MiB of weights and gradients, "
+           f"{optimizer / 2**20:,.0f} MiB of optimizer state ({where}), and activations")
 
 
 def full_state_dict(engine):

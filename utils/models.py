@@ -85,7 +85,7 @@ def _load(auto_class, path, flag, bf16, **options):
 
 
 def disable_dropout(model):
-    """Set every dropout of a model to zero: modules, and the floats that attention layers keep in their config."""
+    """Set every dropout of a model to zero [detail 7]: modules, and the floats that attention layers keep [E4]."""
     for key, value in vars(model.config).items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
             setattr(model.config, key, 0.0)
@@ -110,7 +110,7 @@ def count_parameters(model):
 
 
 def save_model(engine, model, tokenizer, folder):
-    """Write a plain Hugging Face folder from an engine. `model` is the Hugging Face model inside it.
+    """Write a plain Hugging Face folder from an engine [E17]. `model` is the Hugging Face model inside it.
 
     Every rank must call it. The model is reloaded by transformers' own classes without any of our code.
     """

@@ -75,7 +75,7 @@ def _comparable(args):
 
 
 def save_checkpoint(folder, step, engines, state):
-    """Write checkpoints/step_N complete or not at all, and keep the last two. Every rank must call it.
+    """Write checkpoints/step_N complete or not at all, and keep the last two [E19]. Every rank must call it.
 
     engines: {name: DeepSpeed engine}; state: JSON-able values of the script. DeepSpeed writes weights, fp32 master
     weights and optimizer state, in pieces at ZeRO 2 and 3. The files are pickles: load only your own.

@@ -1,0 +1,572 @@
+"""Bad input ends in one line on stderr before anything is written: what is wrong, where, and what to do.
+
+Every case calls main(Args(...)) of a script in this process. `refused` compares the whole folder before and after.
+"""
+
+import json
+import re
+import shutil
+
+import datasets
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+
+import ppo
+import reward_model
+import sft
+from utils.data import load_rows
+
+ROWS = [
+    {"prompt": "She was", "completion": " happy.", "chosen": " happy.", "rejected": " tired of it."},
+    {"prompt": "He had", "completion": " a house, and \"friends\".", "chosen": " friends.", "rejected": " no, none"},
+    {"prompt": "It is", "completion": " naïve;\nshe knew.", "chosen": " true.", "rejected": " not true."},
+]
+MODEL_FLAGS = [(sft, "model"), (reward_model, "model"), (ppo, "sft_model"), (ppo, "reward_model")]
+DATA_FLAGS = [(sft, "train_data"), (sft, "eval_data"), (reward_model, "train_data"), (reward_model, "eval_data"),
+              (reward_model, "demonstrations"), (ppo, "prompts"), (ppo, "eval_prompts")]
+SCRIPTS = [sft, reward_model, ppo]
+
+
+def named(cases):
+    return [pytest.param(*case, id="-".join([case[0].__name__, *map(str, case[1:])])) for case in cases]
+
+
+def write_jsonl(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A folder with good inputs for every script: models lm/ and rm/, and rows.jsonl with all columns."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=1024, pad_token_id=tokenizer.pad_token_id, num_labels=1)
+    GPTNeoXForCausalLM(config).save_pretrained(folder / "lm")
+    GPTNeoXForSequenceClassification(config).save_pretrained(folder / "rm")
+    for name in ("lm", "rm"):
+        tokenizer.save_pretrained(folder / name)
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_runs(inputs, tmp_path_factory):
+    """The output folder of a run of one step, per script."""
+    folder = tmp_path_factory.mktemp("finished")
+    for script in SCRIPTS:
+        script.main(good_args(script, inputs, output_dir=str(folder / script.__name__)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets_cache")
+
+
+def good_args(script, inputs, **changes):
+    """Args of a run of one step that nothing is wrong with."""
+    rows, lm = str(inputs / "rows.jsonl"), str(inputs / "lm")
+    good = {
+        sft: dict(model=lm, train_data=rows, eval_data=rows, epochs=1, batch_size=4, num_samples=2, response_length=2),
+        reward_model: dict(model=lm, train_data=rows, eval_data=(rows,), demonstrations=rows, batch_size=4),
+        ppo: dict(sft_model=lm, reward_model=str(inputs / "rm"), prompts=rows, eval_prompts=rows, gold_function=None,
+                  batch_size=2, total_episodes=2, response_length=4),
+    }[script]
+    return script.Args(**{**good, **changes})
+
+
+def with_data(script, inputs, flag, path, output_dir, **changes):
+    """Good Args, with `path` as the data file of one flag."""
+    value = (str(path),) if (script, flag) == (reward_model, "eval_data") else str(path)
+    return good_args(script, inputs, output_dir=str(output_dir), **{flag: value}, **changes)
+
+
+def snapshot(folder):
+    return {file: file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """A function that runs a script, which must refuse its Args in one line and change no file. Returns the line.
+
+    may_write: the script cannot know that the input is bad before it has made its output folder.
+    """
+
+    def run(script, args, may_write=False):
+        before = snapshot(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            script.main(args)
+        errors = capsys.readouterr().err
+        assert stopped.value.code not in (0, None)
+        assert errors.startswith("error: ") and errors.count("\n") == 1 and errors.endswith("\n"), errors
+        assert may_write or snapshot(tmp_path) == before
+        return errors.strip()
+
+    return run
+
+
+# ---- Models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+@pytest.mark.parametrize("absolute", [True, False], ids=["absolute", "relative"])
+def test_model_folder_missing_is_named(script, flag, absolute, inputs, tmp_path, monkeypatch, refused):
+    """A model folder that does not exist is named with its flag, and the line says what to give."""
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "runs" / "gone") if absolute else "runs/gone"
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: path}))
+    assert f"--{flag} {path}" in message and "no such folder" in message and "Hugging Face" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_model_folder_without_tokenizer_is_named(script, flag, inputs, tmp_path, refused):
+    """A model folder without tokenizer files is refused with the call that writes them."""
+    folder = shutil.copytree(inputs / ("rm" if flag == "reward_model" else "lm"), tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "tokenizer" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_model_folder_without_config_is_named(script, flag, inputs, tmp_path, refused):
+    """A model folder without config.json is refused, and the line names the missing file."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    (folder / "config.json").unlink()
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "config.json" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_pickled_weights_are_not_loaded(script, flag, inputs, tmp_path, refused):
+    """A folder with pickled weights only is refused, and the line says to convert them to safetensors."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save(GPTNeoXForCausalLM(tiny_config(vocab_size=1024)).state_dict(), folder / "pytorch_model.bin")
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "Pickled" in message and "convert them to safetensors" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_damaged_weights_are_named(script, flag, inputs, tmp_path, refused):
+    """A folder whose weights file is cut short is refused with its flag."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "cannot load" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_pad_equal_to_eos_is_refused(script, flag, inputs, tmp_path, refused):
+    """A tokenizer whose PAD is its EOS is refused by every script, and the line says how to get another PAD."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "PAD token is its EOS token" in message
+    assert "Remove pad_token from tokenizer_config.json" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_tokenizer_without_eos_is_refused(script, flag, inputs, tmp_path, refused):
+    """A tokenizer without EOS is refused: no response could ever end."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "no EOS token" in message and "eos_token" in message
+
+
+def test_vocabularies_that_differ_are_refused(inputs, tmp_path, refused):
+    """A reward model whose tokenizer gives other ids is refused; the line names both folders."""
+    folder = shutil.copytree(inputs / "rm", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder)
+    message = refused(ppo, good_args(ppo, inputs, output_dir=str(tmp_path / "out"), reward_model=str(folder)))
+    assert f"--reward_model {folder}" in message and "vocabulary differs" in message
+    assert f"--sft_model {inputs / 'lm'}" in message and "reward_model.py" in message
+
+
+def test_prompt_and_response_longer_than_the_positions_are_refused(inputs, tmp_path, refused):
+    """PPO refuses lengths that do not fit the model's 128 positions; lengths that just fit pass this check."""
+    too_long = dict(max_prompt_length=100, response_length=29, output_dir=str(tmp_path / "out"))
+    message = refused(ppo, good_args(ppo, inputs, **too_long))
+    assert "--max_prompt_length + --response_length = 129" in message and "128 positions" in message
+    just_fits = {**too_long, "response_length": 28, "reward_model": str(tmp_path / "gone")}
+    assert "positions" not in refused(ppo, good_args(ppo, inputs, **just_fits))
+
+
+@pytest.mark.parametrize("script", [sft, reward_model], ids=lambda script: script.__name__)
+def test_rows_longer_than_the_positions_are_refused(script, inputs, tmp_path, refused):
+    """--max_length above the model's positions is refused before a model with learned positions meets such a row."""
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "lm")
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=32, n_embd=16, n_layer=1, n_head=1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [{**ROWS[0], "completion": " a" * 40, "chosen": " a" * 40}]
+    data = write_jsonl(tmp_path / "long.jsonl", rows)
+    args = with_data(script, inputs, "train_data", data, tmp_path / "out", model=str(folder), max_length=64)
+    message = refused(script, args)
+    assert "--max_length" in message and "32 positions" in message
+
+
+# ---- Data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "data/gone.jsonl", "a/b/gone.jsonl", "assets/gone.csv"])
+def test_data_file_missing_is_named(name, inputs, tmp_path, monkeypatch, refused):
+    """A data file that does not exist is called missing, in whatever folder it was looked for."""
+    monkeypatch.chdir(tmp_path)
+    message = refused(ppo, with_data(ppo, inputs, "prompts", name, tmp_path / "out"))
+    assert message == f"error: --prompts {name}: no such file or folder"
+
+
+@pytest.mark.parametrize("script, flag", named(DATA_FLAGS))
+def test_data_flag_missing_file_is_named(script, flag, inputs, tmp_path, refused):
+    """Every data flag is checked and named when its file does not exist."""
+    path = tmp_path / "gone.jsonl"
+    message = refused(script, with_data(script, inputs, flag, path, tmp_path / "out"))
+    assert f"--{flag} {path}" in message and "no such file" in message
+
+
+@pytest.mark.parametrize("name, content", [
+    ("rows.jsonl", ""), ("rows.jsonl", "\n\n"), ("rows.json", ""), ("rows.json", "[]"), ("rows.csv", ""),
+    ("rows.csv", "prompt,completion\n"), ("rows.parquet", "")])
+def test_data_file_empty_is_named(name, content, inputs, tmp_path, refused):
+    """A data file of any kind without rows is named."""
+    file = tmp_path / name
+    file.write_text(content)
+    message = refused(sft, with_data(sft, inputs, "train_data", file, tmp_path / "out"))
+    assert f"--train_data {file}" in message
+
+
+def test_broken_json_line_number_is_named(inputs, tmp_path, refused):
+    """Broken JSON is reported with the line of the file, blank lines counted."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n\n" + '{"prompt": "He had", "completion": \n')
+    message = refused(sft, with_data(sft, inputs, "train_data", file, tmp_path / "out"))
+    assert f"--train_data {file}, line 3" in message and "broken JSON" in message
+
+
+@pytest.mark.parametrize("name, content, fragment", [
+    ("rows.jsonl", '["She was", " happy."]\n', "line 1: not a JSON object"),
+    ("rows.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+    ("rows.json", "[{", "cannot be read"),
+    ("rows.parquet", "not parquet", "cannot be read"),
+    ("rows.txt", "She was happy.\n", "unknown kind of file. Understood: .jsonl, .json, .csv, .parquet")])
+def test_unreadable_file_says_why(name, content, fragment, inputs, tmp_path, refused):
+    """A file of the wrong kind, encoding or structure is refused with its name and the reason."""
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = refused(sft, with_data(sft, inputs, "train_data", file, tmp_path / "out"))
+    assert str(file) in message and fragment in message
+
+
+@pytest.mark.parametrize("script, flag, understood", named([
+    (sft, "train_data", "{prompt, completion} or {text}"), (reward_model, "train_data", "{prompt, chosen, rejected}"),
+    (reward_model, "demonstrations", "{prompt, completion}"), (ppo, "prompts", "{prompt}")]))
+def test_wrong_columns_lists_found_and_understood(script, flag, understood, inputs, tmp_path, refused):
+    """Rows with other columns are refused with the columns found and those that the script understands."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Is it?", "answer": "It is."}])
+    message = refused(script, with_data(script, inputs, flag, data, tmp_path / "out"))
+    assert f"--{flag} {data}" in message and "{question, answer}" in message and understood in message
+
+
+@pytest.mark.parametrize("value", [7, None, ["She was"], {"text": "She was"}], ids=str)
+def test_value_that_is_not_text_names_its_row(value, inputs, tmp_path, refused):
+    """A value that is not text is reported with its row and column."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[1], "completion": value}, ROWS[2]])
+    message = refused(sft, with_data(sft, inputs, "train_data", data, tmp_path / "out"))
+    assert f"--train_data {data}, row 2" in message and "'completion' must be text" in message
+
+
+def test_column_missing_in_one_row_names_it(inputs, tmp_path, refused):
+    """A row that lacks a column which the first row has is reported with its number."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {"prompt": "They"}])
+    message = refused(sft, with_data(sft, inputs, "train_data", data, tmp_path / "out"))
+    assert "row 4" in message and "'completion'" in message
+
+
+@pytest.mark.parametrize("script, flag, limit", named([
+    (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"),
+    (reward_model, "demonstrations", "max_length"), (ppo, "prompts", "max_prompt_length")]))
+def test_all_rows_over_the_limit_are_refused(script, flag, limit, inputs, tmp_path, refused):
+    """Where every row is over the length limit, the line counts them and names flag and limit."""
+    words = " and on" * 60
+    data = write_jsonl(tmp_path / "rows.jsonl", [
+        {"prompt": words, "completion": ".", "chosen": f"{i}.", "rejected": "!"} for i in range(3)])
+    message = refused(script, with_data(script, inputs, flag, data, tmp_path / "out", **{limit: 20}))
+    assert f"--{flag}" in message and data in message and "no row is left" in message and "3 over 20 tokens" in message
+
+
+def test_chosen_equal_to_rejected_everywhere_is_refused(inputs, tmp_path, refused):
+    """Pairs whose two completions are the same teach nothing; where all are, they are counted and refused."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{**row, "rejected": row["chosen"]} for row in ROWS])
+    message = refused(reward_model, with_data(reward_model, inputs, "train_data", data, tmp_path / "out"))
+    assert "--train_data" in message and data in message and "3 chosen equal to rejected" in message
+
+
+@pytest.mark.parametrize("script, flag, limit", named([
+    (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"), (ppo, "prompts", "max_prompt_length")]))
+def test_rows_over_the_limit_are_dropped_and_counted(script, flag, limit, inputs, tmp_path, capsys):
+    """A row over the limit is left out whole, and the line about the file counts it."""
+    long = {key: text + " and on" * 40 for key, text in ROWS[0].items()}
+    data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, long])
+    load = {sft: "load_demonstrations", reward_model: "load_pairs", ppo: "load_prompts"}[script]
+    args = with_data(script, inputs, flag, data, tmp_path / "out", **{limit: 30})
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "lm")
+    assert len(getattr(script, load)(data, f"--{flag}", tokenizer, args)) == 3
+    line = capsys.readouterr().out
+    assert f"--{flag}" in line and data in line and "3 rows (dropped: 1 over 30 tokens)" in line
+
+
+def test_equal_pairs_are_dropped_and_counted(inputs, tmp_path, capsys):
+    """A pair with chosen equal to rejected is left out, and the line about the file counts it."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, {**ROWS[0], "rejected": ROWS[0]["chosen"]}])
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "lm")
+    pairs = reward_model.load_pairs(data, "--train_data", tokenizer, good_args(reward_model, inputs))
+    assert [row for _, _, row in pairs] == ROWS
+    assert "3 rows (dropped: 1 chosen equal to rejected)" in capsys.readouterr().out
+
+
+# ---- Data that reads well ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder", "saved", "saved_splits"])
+def test_load_rows_reads_every_kind_alike(kind, tmp_path):
+    """The same three rows come back from every kind of file and folder, quotes, line ends and accents included."""
+    table = datasets.Dataset.from_list(ROWS)
+    path = tmp_path / ("rows" if kind in ("folder", "saved", "saved_splits") else f"rows.{kind}")
+    if kind == "jsonl":
+        write_jsonl(path, ROWS)
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        table.to_csv(path)
+    elif kind == "parquet":
+        table.to_parquet(path)
+    elif kind == "folder":
+        path.mkdir()
+        table.to_parquet(path / "train.parquet")
+    elif kind == "saved":
+        table.save_to_disk(path)
+    else:
+        datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(path)
+    assert load_rows(str(path), "--train_data", [("prompt", "completion")]) == ROWS
+
+
+def test_load_rows_skips_byte_order_mark_and_blank_lines(tmp_path):
+    """A .jsonl file with a byte order mark, Windows line ends and blank lines reads like a plain one."""
+    file = tmp_path / "rows.jsonl"
+    text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\r\n"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_rows(str(file), "--train_data", [("prompt", "completion")]) == ROWS
+
+
+def test_load_rows_keeps_words_that_look_like_missing_values(tmp_path):
+    """The words None, NA and null in a CSV file are text like any other."""
+    rows = [{"prompt": word, "completion": f" {word}."} for word in ("None", "NA", "null", "She")]
+    datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    assert load_rows(str(tmp_path / "rows.csv"), "--train_data", [("prompt", "completion")]) == rows
+
+
+# ---- Sizes ------------------------------------------------------------------------------------------------
+
+
+def sizes_named_in(message):
+    return [int(size) for size in re.findall(r"\d+", re.split(r";", message)[-1])]
+
+
+class Accepted(Exception):
+    """Raised in place of the step after the size checks."""
+
+
+@pytest.mark.parametrize("script", [sft, reward_model], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("batch_size, expected", [(8, [6, 9]), (2, [3])])
+def test_batch_that_ranks_do_not_divide_names_sizes_that_work(
+        script, batch_size, expected, inputs, tmp_path, monkeypatch, refused):
+    """On 3 ranks a batch size that does not divide is refused with the nearest that do, and those are accepted."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = refused(script, good_args(script, inputs, batch_size=batch_size, output_dir=str(tmp_path / "out")))
+    assert f"--batch_size {batch_size}" in message and "3 ranks" in message
+    assert sizes_named_in(message) == expected
+
+    def accepted(*_):
+        raise Accepted
+
+    monkeypatch.setattr(script, "init_distributed", accepted)
+    for size in expected:
+        with pytest.raises(Accepted):
+            script.main(good_args(script, inputs, batch_size=size))
+
+
+@pytest.mark.parametrize("ranks, num_minibatches, batch_size, total_episodes", [
+    (1, 3, 8, 100), (1, 3, 2, 100), (2, 2, 6, 100), (1, 1, 64, 10), (1, 3, 11, 11), (2, 4, 64, 60)])
+def test_ppo_batch_that_does_not_divide_names_sizes_that_work(
+        ranks, num_minibatches, batch_size, total_episodes, inputs, tmp_path, monkeypatch, refused):
+    """PPO names batch sizes that divide by ranks and minibatches and do not exceed the episodes; all are accepted."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    sizes = dict(num_minibatches=num_minibatches, total_episodes=total_episodes, output_dir=str(tmp_path / "out"))
+    message = refused(ppo, good_args(ppo, inputs, batch_size=batch_size, **sizes))
+    assert f"--batch_size {batch_size}" in message and f"--total_episodes {total_episodes}" in message
+
+    def accepted(*_):
+        raise Accepted
+
+    monkeypatch.setattr(ppo, "init_distributed", accepted)
+    assert sizes_named_in(message)
+    for size in sizes_named_in(message):
+        with pytest.raises(Accepted):
+            ppo.main(good_args(ppo, inputs, batch_size=size, **sizes))
+
+
+def test_offload_without_zero_names_both_flags(inputs, tmp_path, refused):
+    """--offload_optimizer at ZeRO 0 is refused with the stages that it needs."""
+    for script in SCRIPTS:
+        message = refused(script, good_args(script, inputs, offload_optimizer=True, output_dir=str(tmp_path / "out")))
+        assert "--offload_optimizer" in message and "--zero_stage 2 or 3" in message
+
+
+# ---- Output folder and resume -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_output_folder_in_use_is_left_alone(script, inputs, tmp_path, refused):
+    """A folder that holds anything is refused, the line offers the three ways on, and its file is untouched."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out")))
+    assert f"--output_dir {tmp_path / 'out'}" in message and "in use" in message
+    assert "--resume" in message and "--overwrite" in message and "another folder" in message
+
+
+def test_output_folder_that_is_a_file_is_left_alone(inputs, tmp_path, refused):
+    """An output folder that is a file is refused, with --overwrite too."""
+    (tmp_path / "out").write_text("years of work")
+    for overwrite in (False, True):
+        message = refused(sft, good_args(sft, inputs, output_dir=str(tmp_path / "out"), overwrite=overwrite))
+        assert str(tmp_path / "out") in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_overwrite_deletes_no_foreign_folder(script, inputs, tmp_path, refused):
+    """--overwrite on a folder that is not a run of these scripts is refused, and its files stay."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), overwrite=True))
+    assert f"--overwrite {tmp_path / 'out'}" in message and "not a run" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
+def test_resume_without_a_run_is_refused(script, exists, inputs, tmp_path, refused):
+    """--resume of a folder without a run says that there is nothing to resume, and makes no folder."""
+    if exists:
+        (tmp_path / "out").mkdir()
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), resume=True))
+    assert f"no run in {tmp_path / 'out'} to resume" in message and "--output_dir" in message
+
+
+def test_resume_without_output_dir_and_runs_is_refused(inputs, tmp_path, monkeypatch, refused):
+    """--resume with the default folder, and no run there, is refused in one line."""
+    monkeypatch.chdir(tmp_path)
+    assert "runs/sft" in refused(sft, good_args(sft, inputs, resume=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_resume_of_a_complete_run_is_refused(script, inputs, finished_runs, tmp_path, refused):
+    """--resume of a run that is complete says so and changes none of its files."""
+    folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
+    message = refused(script, good_args(script, inputs, output_dir=str(folder), resume=True))
+    assert str(folder) in message and "complete" in message and "nothing to resume" in message
+
+
+@pytest.mark.parametrize("script, flag, old, new", named([
+    (sft, "lr", sft.Args.lr, 1e-5), (sft, "completion_only", False, True), (reward_model, "seed", 1, 2),
+    (reward_model, "zero_stage", 0, 2), (ppo, "kl_coef", ppo.Args.kl_coef, 0.5), (ppo, "gold_function", None, "a:b")]))
+def test_resume_with_changed_flag_names_both_values(script, flag, old, new, inputs, finished_runs, tmp_path,
+                                                    monkeypatch, refused):
+    """--resume with another hyperparameter names the flag, its old and its new value, and no flag that is the same."""
+    folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
+    (folder / "summary.json").unlink()
+    monkeypatch.setattr(ppo, "load_function", lambda *_: None)
+    changes = {flag: new, "save_every": 3, "timeout_minutes": 5.0}  # the last two may change
+    message = refused(script, good_args(script, inputs, output_dir=str(folder), resume=True, **changes))
+    assert f"(--{flag} {old} -> {new})" in message and "--output_dir" in message
+
+
+def test_resume_on_another_number_of_ranks_is_refused(inputs, finished_runs, tmp_path, monkeypatch, refused):
+    """--resume on another number of ranks names both numbers."""
+    folder = shutil.copytree(finished_runs / "sft", tmp_path / "out")
+    (folder / "summary.json").unlink()
+    record = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**record, "world_size": 8}))
+    assert "world_size 8 -> 1" in refused(sft, good_args(sft, inputs, output_dir=str(folder), resume=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_bad_input_is_found_before_overwriting(script, inputs, finished_runs, tmp_path, refused):
+    """With --overwrite, an earlier run is still there when the input turns out to be bad."""
+    folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
+    flag = "prompts" if script is ppo else "train_data"
+    args = with_data(script, inputs, flag, tmp_path / "gone.jsonl", folder, overwrite=True)
+    assert "no such file" in refused(script, args)
+
+
+# ---- Reward functions -------------------------------------------------------------------------------------
+
+JUDGES = '''
+def one_too_few(queries, responses):
+    return [1.0] * (len(queries) - 1)
+
+def words(queries, responses):
+    return ["good" for _ in queries]
+
+def dislikes_houses(queries, responses):
+    return [1 / ("He had" not in query) for query in queries]
+'''
+
+
+@pytest.fixture
+def judges(tmp_path, monkeypatch):
+    """A module `bad_input_judges` on the import path."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "bad_input_judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+
+
+@pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
+@pytest.mark.parametrize("spec", ["no_such_module:score", "bad_input_judges:no_such_function", "bad_input_judges"])
+def test_judge_that_cannot_be_imported_is_named(flag, spec, inputs, tmp_path, judges, refused):
+    """A judge that cannot be imported is named with its flag and how to write it."""
+    message = refused(ppo, good_args(ppo, inputs, output_dir=str(tmp_path / "out"), **{flag: spec}))
+    assert f"--{flag} {spec}" in message and "module:function" in message
+
+
+@pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
+@pytest.mark.parametrize("name, fragments", [
+    ("dislikes_houses", ["query 'He had'", "division by zero"]), ("words", ["could not convert", "'good'"]),
+    ("one_too_few", ["returned 2 scores for 3 responses"])])
+def test_judge_that_fails_names_the_row(flag, name, fragments, inputs, tmp_path, judges, refused):
+    """A judge that raises, or returns no numbers or too few, is named with the row or the counts."""
+    args = good_args(ppo, inputs, output_dir=str(tmp_path / "out"), **{flag: f"bad_input_judges:{name}"})
+    message = refused(ppo, args, may_write=True)
+    assert message.startswith(f"error: --{flag}") and all(fragment in message for fragment in fragments)
+
+
+@pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
+def test_judge_that_always_fails_is_found_before_overwriting(flag, inputs, finished_runs, tmp_path, judges, refused):
+    """With --overwrite, an earlier run is still there when the judge turns out to return too few scores."""
+    folder = shutil.copytree(finished_runs / "ppo", tmp_path / "out")
+    changes = {flag: "bad_input_judges:one_too_few"}
+    refused(ppo, good_args(ppo, inputs, output_dir=str(folder), overwrite=True, **changes))

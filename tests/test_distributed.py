@@ -1,0 +1,294 @@
+"""Two ranks give the numbers of one rank: collectives, saving, and runs of every script at ZeRO 0, 2 and 3.
+
+One worker on two ranks, this file under torchrun, runs all cases and leaves its results in a folder. The runs on one
+rank are made in the test process.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+
+import ppo
+import reward_model
+import sft
+from utils.data import rows_of_this_rank
+from utils.launch import all_max, all_sum, create_engine, gather_rows, init_distributed, rank, rollout_weights
+from utils.models import load_causal_lm, load_tokenizer, save_model
+
+SEED = 5
+
+
+def values_and_mask():
+    """Values (5, 6) far from mean 0, and a mask (5, 6) with 1 to 6 True in a row."""
+    generator = torch.Generator().manual_seed(SEED)
+    values = 3 + torch.randn(5, 6, generator=generator)
+    return values, torch.arange(6) < torch.tensor([6, 1, 4, 2, 5])[:, None]
+
+
+def arguments(script, inputs, output_dir, **changes):
+    """Args of a short run: 7 rows in batches of 4, so that the last batch is uneven on two ranks."""
+    rows, pairs, lm, rm = (str(inputs / name) for name in ("rows.jsonl", "pairs.jsonl", "lm", "rm"))
+    common = dict(output_dir=str(output_dir), seed=SEED, max_grad_norm=0.5, lr=1e-3)
+    own = {
+        sft: dict(model=lm, train_data=rows, eval_data=rows, epochs=2, batch_size=4, micro_batch_size=1, log_every=1,
+                  num_samples=3, response_length=4),
+        reward_model: dict(model=lm, train_data=pairs, eval_data=(pairs,), demonstrations=rows, epochs=2, batch_size=4,
+                           micro_batch_size=1, log_every=1),
+        ppo: dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, total_episodes=24,
+                  batch_size=8, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0, eval_every=2,
+                  save_every=1, num_ppo_epochs=2, whiten_rewards=True),
+    }[script]
+    return script.Args(**{**common, **own, **changes})
+
+
+# ---- The worker -------------------------------------------------------------------------------------------
+
+
+def collectives():
+    """What the functions that look across ranks give on this rank."""
+    values, mask = values_and_mask()
+    mine, my_mask = values[rank() :: 2], mask[rank() :: 2]
+    return {
+        "sum": all_sum(torch.tensor([1.0 + rank(), 10.0])).tolist(),
+        "max": all_max(torch.tensor([1.0 + rank(), 5.0 - rank()])).tolist(),
+        "mean": float(ppo.masked_mean(mine, my_mask)),
+        "whitened": ppo.masked_whiten(mine, my_mask).tolist(),
+        "scaled": ppo.masked_whiten(mine, my_mask, shift_mean=False).tolist(),
+        "rows": rows_of_this_rank(list("abcde")),
+        "gathered": gather_rows(list("abcde")[rank() :: 2]),
+        "gathered_short": gather_rows(["a"][rank() :: 2]),
+    }
+
+
+def worker(inputs, out):
+    for script in (sft, reward_model, ppo):
+        script.finish = lambda: None  # it ends the process group, which the next case needs
+    init_distributed(5.0)
+    (out / f"collectives_{rank()}.json").write_text(json.dumps(collectives()))
+
+    # saving and decoding weights that ZeRO 3 keeps in pieces
+    tokenizer = load_tokenizer(str(inputs / "lm"), "--model")
+    model, spare = (load_causal_lm(str(inputs / "lm"), "--model", tokenizer) for _ in range(2))
+    for param in spare.parameters():
+        torch.nn.init.zeros_(param)
+    engine = create_engine(model, torch.optim.AdamW(model.parameters()), sft.Args(zero_stage=3))
+    save_model(engine, model, tokenizer, out / "saved")
+    rollout_weights(engine, spare).save_pretrained(out / f"decoder_{rank()}")
+
+    for script in (sft, reward_model):
+        script.main(arguments(script, inputs, out / script.__name__))
+    script.main(arguments(reward_model, inputs, out / "reward_model_zero3", zero_stage=3))
+    sft.main(arguments(sft, inputs, out / "sft_zero3", zero_stage=3))
+    for stage in (0, 2, 3):
+        ppo.main(arguments(ppo, inputs, out / f"ppo_zero{stage}", zero_stage=stage))
+
+    # the ZeRO 2 run again, as if killed after the checkpoint of its first update
+    if rank() == 0:
+        shutil.copytree(out / "ppo_zero2", out / "ppo_resumed")
+        shutil.rmtree(out / "ppo_resumed" / "checkpoints" / "step_0000002")
+        for name in ("summary.json", "model.safetensors"):
+            (out / "ppo_resumed" / name).unlink()
+    torch.distributed.barrier()
+    ppo.main(arguments(ppo, inputs, out / "ppo_resumed", zero_stage=2, resume=True))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), Path(sys.argv[2]))
+    raise SystemExit
+
+
+# ---- Fixtures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Random tiny models and 7 rows. One token in eight ends a response, so that endings differ."""
+    folder = tmp_path_factory.mktemp("distributed")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
+    config = tiny_config(vocab_size=1024, pad_token_id=tokenizer.pad_token_id, num_labels=1)
+    torch.manual_seed(SEED)
+    lm, rm = GPTNeoXForCausalLM(config), GPTNeoXForSequenceClassification(config)
+    lm.generation_config.eos_token_id = list(range(0, 1024, 8))
+    for model, name in ((lm, "lm"), (rm, "rm")):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for source, name in (("train.jsonl", "rows.jsonl"), ("preferences_train.jsonl", "pairs.jsonl")):
+        lines = (ROOT / "assets" / "data" / source).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:7]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two(inputs, tmp_path_factory):
+    """The folder with everything that two ranks made."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    env = {key: value for key, value in os.environ.items()
+           if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__,
+               str(inputs), str(out)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return out
+
+
+@pytest.fixture(scope="session")
+def one(inputs, tmp_path_factory):
+    """The folder with the runs of one rank."""
+    out = tmp_path_factory.mktemp("one_rank")
+    before = os.getcwd()
+    os.chdir(ROOT)
+    with contextlib.redirect_stdout(io.StringIO()):
+        for script in (sft, reward_model, ppo):
+            script.main(arguments(script, inputs, out / script.__name__))
+    os.chdir(before)
+    return out
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def distance(folder, other, start):
+    """How far apart two saved models are, relative to their norm, and relative to how far training has moved them."""
+    a, b, start = (load_file(path / "model.safetensors") for path in (folder, other, start))
+    assert a.keys() == b.keys()
+    difference, norm, moved = (sum(float(x.double().square().sum()) for x in tensors) ** 0.5 for tensors in (
+        [a[k] - b[k] for k in a], a.values(), [b[k] - start[k] for k in b.keys() & start.keys()]))
+    assert moved > 1e-3 * norm, "training has hardly moved the weights"
+    return difference / norm, difference / moved
+
+
+def assert_same_metrics(rows, expected, skip=(), relative=1e-4):
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, other in zip(rows, expected):
+        assert row.keys() == other.keys()
+        for name in row:
+            if not name.startswith(skip):
+                assert row[name] == pytest.approx(other[name], rel=relative, abs=1e-5, nan_ok=False), (row["step"], name)
+
+
+# ---- Collectives ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def both(two):
+    """The results of `collectives` on rank 0 and on rank 1."""
+    return [json.loads((two / f"collectives_{number}.json").read_text()) for number in (0, 1)]
+
+
+def test_all_sum_and_all_max_look_at_all_ranks(both):
+    """all_sum adds and all_max compares over the ranks, and every rank has the result."""
+    for results in both:
+        assert results["sum"] == [3.0, 20.0]
+        assert results["max"] == [2.0, 5.0]
+
+
+def test_masked_mean_is_over_all_ranks(both):
+    """masked_mean of uneven shares is the mean of all counted tokens, not the mean of two means."""
+    values, mask = values_and_mask()
+    for results in both:
+        assert results["mean"] == pytest.approx(float(values[mask].mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("name, shift_mean", [("whitened", True), ("scaled", False)])
+def test_masked_whiten_is_over_all_ranks(both, name, shift_mean):
+    """masked_whiten uses mean and variance of all ranks: every rank's rows equal those of one rank."""
+    values, mask = values_and_mask()
+    expected = ppo.masked_whiten(values, mask, shift_mean)
+    for number in (0, 1):
+        torch.testing.assert_close(torch.tensor(both[number][name]), expected[number::2], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_this_rank_cover_all_rows_once(both):
+    """Each row goes to one rank; the shorter share is filled with None, so that both have the same length."""
+    assert both[0]["rows"] == ["a", "c", "e"]
+    assert both[1]["rows"] == ["b", "d", None]
+
+
+def test_gather_rows_restores_the_order(both):
+    """gather_rows undoes the split on every rank, also where a rank has no row."""
+    for results in both:
+        assert results["gathered"] == list("abcde")
+        assert results["gathered_short"] == ["a"]
+
+
+# ---- Weights in pieces ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["saved", "decoder_0", "decoder_1"])
+def test_zero3_gathers_full_weights(inputs, two, folder):
+    """At ZeRO 3, save_model and rollout_weights give every weight in full, bit for bit, on every rank that needs it."""
+    weights, expected = (load_file(path / "model.safetensors") for path in (two / folder, inputs / "lm"))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+# ---- Runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["sft", "sft_zero3"])
+def test_sft_on_two_ranks_equals_one(inputs, one, two, run):
+    """sft.py: losses, gradient norms and weights of two ranks equal those of one, with an uneven last batch."""
+    rows, expected = read(two / run / "metrics.jsonl"), read(one / "sft" / "metrics.jsonl")
+    assert_same_metrics(rows, expected, skip=("eval/rouge",))  # transformers' generate draws from each rank's own stream
+    assert distance(two / run, one / "sft", inputs / "lm")[0] < 1e-5
+
+
+@pytest.mark.parametrize("run", ["reward_model", "reward_model_zero3"])
+def test_reward_model_on_two_ranks_equals_one(inputs, one, two, run):
+    """reward_model.py: losses, accuracies, weights and reward_mean of two ranks equal those of one."""
+    assert_same_metrics(read(two / run / "metrics.jsonl"), read(one / "reward_model" / "metrics.jsonl"))
+    assert distance(two / run, one / "reward_model", inputs / "lm")[0] < 1e-5
+    means = [json.loads((path / "config.json").read_text())["reward_mean"] for path in (two / run, one / "reward_model")]
+    assert means[0] == pytest.approx(means[1], rel=1e-4)
+
+
+def test_ppo_reference_run_has_unequal_endings(one):
+    """The run on one rank, which the next tests compare with, has responses that end early and others that do not."""
+    rows = read(one / "ppo" / "samples.jsonl")
+    assert len({row["length"] for row in rows}) > 3 and {row["ended"] for row in rows} == {True, False}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_ppo_on_two_ranks_samples_the_same_responses(one, two, stage):
+    """ppo.py: two ranks sample the same held-out responses as one, and score them alike, before and after training."""
+    rows, expected = read(two / f"ppo_zero{stage}" / "samples.jsonl"), read(one / "ppo" / "samples.jsonl")
+    exact = ("step", "query", "response", "length", "ended")
+    assert [[row[key] for key in exact] for row in rows] == [[row[key] for key in exact] for row in expected]
+    for key in ("score", "kl"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_ppo_on_two_ranks_logs_the_same_metrics(one, two, stage):
+    """ppo.py: every metric of two ranks equals that of one, gradient norms of both models included."""
+    rows, expected = read(two / f"ppo_zero{stage}" / "metrics.jsonl"), read(one / "ppo" / "metrics.jsonl")
+    assert_same_metrics(rows, expected)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("model", ["", "critic"], ids=["policy", "critic"])
+def test_ppo_on_two_ranks_ends_with_the_same_weights(inputs, one, two, stage, model):
+    """ppo.py: policy and critic of two ranks equal those of one after 3 updates, at every ZeRO stage."""
+    start = inputs / ("rm" if model else "lm")
+    assert distance(two / f"ppo_zero{stage}" / model, one / "ppo" / model, start)[0] < 1e-5
+
+
+def test_resume_on_two_ranks_is_exact(two):
+    """A ZeRO 2 run on two ranks that is resumed after update 1 ends with the same bits: metrics, samples, weights."""
+    for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors"):
+        assert (two / "ppo_resumed" / name).read_bytes() == (two / "ppo_zero2" / name).read_bytes(), name

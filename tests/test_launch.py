@@ -1,0 +1,265 @@
+"""Launching: the deepspeed launcher, no compiler, the chain of scripts, folders, --help, README commands, DeepSpeed's config.
+
+Subprocesses run on the CPU without network, in an environment that knows nothing of ranks.
+"""
+
+import ast
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from conftest import ROOT, tiny_config
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPTNeoXForCausalLM
+
+import ppo
+import reward_model
+import sft
+from utils.launch import deepspeed_config
+from utils.run import open_run
+
+SCRIPTS = [sft, reward_model, ppo]
+COMPILERS = ["cc", "gcc", "g++", "c++", "clang", "clang++", "nvcc", "ninja"]
+SMALL_PPO = ["--total_episodes", "8", "--batch_size", "4", "--num_eval_prompts", "4", "--response_length", "8"]
+
+
+def environment(**changes):
+    """The environment of a user: no ranks left over from tests in this process, one thread, no GPU, no network."""
+    env = {key: value for key, value in os.environ.items()
+           if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")}
+    return {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "LOCAL_SIZE": "1", **changes}
+
+
+def deepspeed_command():
+    beside_python = Path(sys.executable).parent / "deepspeed"
+    return str(beside_python) if beside_python.is_file() else shutil.which("deepspeed")
+
+
+def run(command, env, cwd=ROOT):
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """A random tiny language model with the tokenizer of assets/base."""
+    folder = tmp_path_factory.mktemp("launch") / "base"
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(tiny_config(vocab_size=1024, pad_token_id=tokenizer.pad_token_id)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def first_rows(name, count, folder):
+    """A file with the first rows of a file of assets/data."""
+    lines = (ROOT / "assets" / "data" / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / name).write_text("".join(lines[:count]), encoding="utf-8")
+    return str(folder / name)
+
+
+# ---- The deepspeed launcher -------------------------------------------------------------------------------
+
+
+def test_deepspeed_launcher_trains_at_the_rate_of_large_models(tmp_path):
+    """`deepspeed ppo.py --lr 5e-7` completes, says before the first step what that rate suits, and moves fp32 weights."""
+    done = run([deepspeed_command(), "ppo.py", "--lr", "5e-7", *SMALL_PPO, "--output_dir", str(tmp_path / "out")],
+               environment())
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    note = next(i for i, line in enumerate(lines) if "--lr 5e-07 suits models of 1B parameters and more" in line)
+    assert f"{ppo.Args.lr:g}" in lines[note]
+    assert note < next(i for i, line in enumerate(lines) if line.strip().startswith("0/2"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (ROOT / "assets" / "sft", tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(weight.dtype == torch.float32 for weight in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["episodes"] == 8
+
+
+def test_no_compiler_is_needed(tiny_base, tmp_path):
+    """The launcher, gloo on the CPU and CPU offload at ZeRO 2 run where no compiler can be found; nothing is built."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "deepspeed").symlink_to(deepspeed_command())
+    env = environment(PATH=str(tmp_path / "bin"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    for name in ("CC", "CXX", "CUDA_HOME"):
+        env.pop(name, None)
+    look = f"import shutil; print([name for name in {COMPILERS} if shutil.which(name)])"
+    assert run([sys.executable, "-c", look], env).stdout.strip() == "[]"
+    done = run(["deepspeed", "ppo.py", "--zero_stage", "2", "--offload_optimizer", *SMALL_PPO, "--sft_model", str(tiny_base),
+                "--reward_model", str(tiny_base), "--output_dir", str(tmp_path / "out")], env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "summary.json").is_file()
+    assert not list(tmp_path.glob("extensions/**/*.so"))
+
+
+# ---- The chain --------------------------------------------------------------------------------------------
+
+
+def test_scripts_run_on_the_outputs_of_one_another(tiny_base, tmp_path):
+    """sft.py, reward_model.py and ppo.py run one after another, each from the folders that the ones before wrote."""
+    rows, pairs = first_rows("train.jsonl", 20, tmp_path), first_rows("preferences_train.jsonl", 20, tmp_path)
+    sft_folder, rm_folder, ppo_folder = (str(tmp_path / name) for name in ("sft", "rm", "ppo"))
+    commands = [
+        (sft, ["--model", str(tiny_base), "--train_data", rows, "--eval_data", rows, "--epochs", "1",
+               "--num_samples", "2", "--output_dir", sft_folder]),
+        (reward_model, ["--model", sft_folder, "--train_data", pairs, "--eval_data", pairs, "--demonstrations", rows,
+                        "--output_dir", rm_folder]),
+        (ppo, ["--sft_model", sft_folder, "--reward_model", rm_folder, "--prompts", rows, "--eval_prompts", rows,
+               *SMALL_PPO, "--output_dir", ppo_folder]),
+        (ppo, ["--sft_model", ppo_folder, "--reward_model", ppo_folder + "/critic", "--prompts", rows,
+               "--eval_prompts", rows, *SMALL_PPO, "--output_dir", ppo_folder + "-again"])]
+    for script, flags in commands:
+        script.main(tyro.cli(script.Args, args=flags))
+        folder = Path(flags[-1])
+        assert json.loads((folder / "summary.json").read_text())
+        assert (folder / "README.md").is_file() and (folder / "model.safetensors").is_file()
+
+
+# ---- Folders ----------------------------------------------------------------------------------------------
+
+
+def test_default_output_folders_are_numbered(tmp_path, monkeypatch):
+    """Without --output_dir, runs go to runs/ppo, runs/ppo-2, runs/ppo-3; --resume takes the last of them."""
+    monkeypatch.chdir(tmp_path)
+    assert [str(open_run(ppo.Args(), "ppo")) for _ in range(3)] == ["runs/ppo", "runs/ppo-2", "runs/ppo-3"]
+    assert str(open_run(sft.Args(), "sft")) == "runs/sft"
+    assert str(open_run(ppo.Args(resume=True), "ppo")) == "runs/ppo-3"
+
+
+def test_overwrite_replaces_an_earlier_run(tmp_path):
+    """--overwrite empties the folder of an earlier run before it writes there."""
+    args = ppo.Args(output_dir=str(tmp_path / "out"))
+    (open_run(args, "ppo") / "metrics.jsonl").write_text("old\n")
+    folder = open_run(dataclasses.replace(args, overwrite=True), "ppo")
+    assert [file.name for file in folder.iterdir()] == ["args.json"]
+
+
+def test_an_empty_output_folder_can_be_used(tmp_path):
+    """A folder that exists and is empty is taken without --overwrite."""
+    (tmp_path / "out").mkdir()
+    assert open_run(ppo.Args(output_dir=str(tmp_path / "out")), "ppo") == tmp_path / "out"
+
+
+# ---- Importing, --help, copying ---------------------------------------------------------------------------
+
+
+def test_importing_a_script_does_nothing(tmp_path):
+    """Importing the scripts prints nothing, writes nothing, joins no process group and imports no DeepSpeed."""
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
+            "import sft, reward_model, ppo, torch\n"
+            "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()")
+    done = run([sys.executable, "-c", code, str(ROOT)], environment(), tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_explains_every_flag(script, capsys, monkeypatch):
+    """--help shows every field of Args with its docstring, word for word."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        tyro.cli(script.Args, args=["--help"])
+    assert stopped.value.code == 0
+    shown = "".join(re.sub(r"[│╭╮╰╯─]", "", capsys.readouterr().out).split())
+    body = next(node.body for node in ast.parse(Path(script.__file__).read_text()).body
+                if isinstance(node, ast.ClassDef) and node.name == "Args")
+    docstrings = {field.target.id: ast.literal_eval(text.value) for field, text in zip(body, body[1:])
+                  if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)}
+    assert docstrings.keys() == {field.name for field in dataclasses.fields(script.Args)}
+    for name, docstring in docstrings.items():
+        assert "--" + name.replace("_", "-") in shown
+        assert "".join(docstring.split()) in shown, f"the docstring of {name} is not in --help"
+
+
+def test_one_script_with_utils_is_enough(tmp_path):
+    """Each script starts with nothing but utils/ on the path; only its default model is missing, as one line says."""
+    shutil.copytree(ROOT / "utils", tmp_path / "utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for script in SCRIPTS:
+        (tmp_path / script.__name__).mkdir()
+        shutil.copy(script.__file__, tmp_path / script.__name__)
+    code = ("import os, runpy, sys\n"
+            "sys.path[0], sys.argv, sys.dont_write_bytecode = os.getcwd(), ['script.py'], True\n"
+            "for name in ('sft', 'reward_model', 'ppo'):\n"
+            "    os.chdir(os.path.join(sys.path[0], name))\n"
+            "    try:\n"
+            "        runpy.run_path(name + '.py', run_name='__main__')\n"
+            "    except SystemExit as stopped:\n"
+            "        assert stopped.code == 1\n")
+    done = run([sys.executable, "-c", code], environment(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3, done.stderr
+    for script, line in zip(SCRIPTS, lines):
+        flag = "sft_model" if script is ppo else "model"
+        assert line.startswith(f"error: --{flag} {getattr(script.Args, flag)}: ")
+        assert [file.name for file in (tmp_path / script.__name__).iterdir()] == [f"{script.__name__}.py"]
+
+
+# ---- README -----------------------------------------------------------------------------------------------
+
+
+def readme_commands():
+    """(script, its flags) of every command in README's bash blocks that runs a script with Args."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
+    commands = []
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.S):
+        for line in re.split(r"\n|&&|\|\||[;|]", block.replace("\\\n", " ")):
+            words = shlex.split(line, comments=True)
+            name = next((word for word in words if word.endswith(".py")), "")
+            if (ROOT / name).is_file() and "/" not in name and name:
+                if hasattr(importlib.import_module(name[:-3]), "Args"):
+                    commands.append((name[:-3], words[words.index(name) + 1 :]))
+    return commands
+
+
+def test_readme_commands_use_flags_that_exist():
+    """README has commands, and each one parses: flags exist and values have their types."""
+    commands = readme_commands()
+    assert commands, "README.md has no command that runs a script"
+    for script, flags in commands:
+        try:
+            tyro.cli(importlib.import_module(script).Args, args=flags)
+        except SystemExit:
+            pytest.fail(f"README: {script}.py does not take {shlex.join(flags)}")
+
+
+# ---- DeepSpeed's config -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_deepspeed_config_follows_the_flags(script):
+    """ZeRO stage, offload, bf16 and clipping stand in the config as the flags say."""
+    config = deepspeed_config(script.Args(zero_stage=3, offload_optimizer=True, bf16=True, max_grad_norm=0.7))
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert config["bf16"] == {"enabled": True}
+    assert config["gradient_clipping"] == 0.7
+    config = deepspeed_config(script.Args(zero_stage=2))
+    assert config["zero_optimization"] == {"stage": 2}
+    assert config["bf16"] == {"enabled": False}
+
+
+def test_deepspeed_config_clips_only_where_asked():
+    """Clipping is written as 0 where the flag is off (DeepSpeed's own default is 1) and where create_engine clips."""
+    for stage in (0, 2, 3):
+        assert deepspeed_config(ppo.Args(zero_stage=stage))["gradient_clipping"] == 0.0
+    assert deepspeed_config(ppo.Args(zero_stage=2, max_grad_norm=1.5))["gradient_clipping"] == 1.5
+    assert deepspeed_config(ppo.Args(zero_stage=0, max_grad_norm=1.5))["gradient_clipping"] == 0.0
+    assert deepspeed_config(ppo.Args(zero_stage=0, bf16=True, max_grad_norm=1.5))["gradient_clipping"] == 1.5
+
+
+def test_deepspeed_config_leaves_accumulation_to_the_script():
+    """DeepSpeed must not divide gradients by a number of micro-batches: the scripts divide by counted tokens."""
+    config = deepspeed_config(ppo.Args())
+    assert config["managed_gradient_accumulation"] is False
+    assert config["gradient_accumulation_steps"] == 1

@@ -1,0 +1,738 @@
+"""ppo.py's rewards, advantages and losses, and whole runs of it on a tiny random model.
+
+The golden example is worked by hand for three responses of five tokens: PAD 9, EOS 0, kl_coef 0.05, gamma 1, lambda 0.95.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, tiny_config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+
+import ppo
+from test_generate import biased_to
+from utils.launch import create_engine, init_distributed, optimizer_step
+
+EOS, PAD = 0, 9
+
+
+def close(actual, expected, atol=1e-6):
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol, check_dtype=False)
+
+
+# ---- The golden example -----------------------------------------------------------------------------------
+
+
+def example(junk=(7, 8), **changes):
+    """Everything that ppo.py computes between rollout and losses for the golden example, by its own functions."""
+    responses = torch.tensor([[5, 6, 0, *junk], [5, 6, 7, 8, 0], [5, 6, 7, 8, 4]])
+    logprobs = torch.tensor([[-1, -2, -0.5, -3, -1], [-1.0] * 5, [-2.0] * 5])
+    ref_logprobs = torch.tensor([[-1.2, -1.5, -0.7, -2, -4], [-1.1] * 5, [-1, -2, -3, -2, -1.0]])
+    values = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], [0.5] * 5, [0, 0.1, 0.2, 0.3, 0.4]])
+    e = SimpleNamespace(**{**dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), **changes})
+    e.responses, e.lengths, e.ended = ppo.truncate_at_eos(responses, torch.tensor([EOS]), PAD)
+    e.mask, e.value_mask = ppo.response_masks(e.lengths, 5)
+    e.scores = ppo.score_responses(
+        None, lambda queries, texts: [1.5, 2.0, 3.0], responses, None, e.responses, e.mask, e.ended, (["q"] * 3, ["r"] * 3),
+        SimpleNamespace(missing_eos_score=-1.0))
+    e.logprobs, e.ref_logprobs = e.logprobs * e.mask, e.ref_logprobs * e.mask
+    e.values = e.values * e.value_mask
+    e.kl = ppo.k1(e.logprobs, e.ref_logprobs)
+    e.rewards = ppo.token_rewards(e.kl, e.scores, e.lengths, 0.05)
+    e.advantages, e.returns = ppo.gae(e.rewards, e.values, 1.0, 0.95)
+    e.whitened = ppo.masked_whiten(e.advantages, e.mask)
+    return e
+
+
+def test_golden_truncation_and_masks():
+    """Row 0 is cut after its EOS at 2, EOS in the last slot and no EOS cut nothing; values keep one state more (golden)."""
+    e = example()
+    assert e.responses.tolist() == [[5, 6, 0, 9, 9], [5, 6, 7, 8, 0], [5, 6, 7, 8, 4]]
+    assert e.lengths.tolist() == [3, 5, 5] and e.ended.tolist() == [True, True, False]
+    assert e.mask.int().tolist() == [[1, 1, 1, 0, 0], [1] * 5, [1] * 5]
+    close(e.values[0], [0.1, 0.2, 0.3, 0.4, 0])
+
+
+def test_golden_scores():
+    """The response without EOS gets exactly -1 in place of its 3.0; EOS in the last slot is not punished (golden, T27)."""
+    assert example().scores.tolist() == [1.5, 2.0, -1.0]
+
+
+def test_golden_rewards():
+    """KL is paid at each token, the score comes one step after EOS, or at the last column (golden)."""
+    close(example().rewards, [[-0.010, 0.025, -0.010, 1.5, 0], [-0.005] * 4 + [1.995], [0.05, 0, -0.05, 0, -0.95]])
+
+
+def test_golden_advantages():
+    """Advantages by generalised advantage estimation, before whitening (golden)."""
+    close(example().advantages, [[1.233087, 1.203250, 1.135000, 1.100000, 0],
+                                 [1.199137, 1.267513, 1.339487, 1.415250, 1.495000],
+                                 [-0.723721, -0.919706, -1.073375, -1.182500, -1.350000]])
+
+
+def test_golden_returns():
+    """Returns are the unwhitened advantages plus the values (golden)."""
+    close(example().returns, [[1.333087, 1.403250, 1.435000, 1.5, 0],
+                              [1.699137, 1.767513, 1.839487, 1.915250, 1.995],
+                              [-0.723721, -0.819706, -0.873375, -0.8825, -0.95]])
+
+
+def test_golden_whitened_advantages():
+    """Whitened over the tokens up to EOS only; the state after EOS has none (golden)."""
+    close(example().whitened, [[0.736721, 0.710723, 0.651255, 0, 0],
+                               [0.707139, 0.766717, 0.829430, 0.895444, 0.964932],
+                               [-0.968298, -1.139065, -1.272961, -1.368044, -1.513992]])
+
+
+def test_golden_kl_and_entropy():
+    """Sequence KL -0.1, 0.5, -1.0, mean -0.2; the mean of -log p up to EOS is 6.166667, not 5.5 (golden)."""
+    e = example()
+    close(e.kl.sum(1), [-0.1, 0.5, -1.0])
+    close(e.kl.sum(1).mean(), -0.2)
+    close(-e.logprobs.sum(1).mean(), 6.166667)
+
+
+def test_golden_whitened_rewards():
+    """Rewards whitened over t <= e + 1 with their mean kept, 0 after (golden)."""
+    e = example()
+    close(ppo.masked_whiten(e.rewards, e.value_mask, shift_mean=False),
+          [[-0.095355, -0.044691, -0.095355, 2.090455, 0], [-0.088118] * 4 + [2.806995],
+           [-0.008502, -0.080880, -0.153258, -0.080880, -1.456058]])
+
+
+def test_golden_losses():
+    """At ratio 1 the policy loss of the batch is 0; the value loss at the old values is 0.724493 (golden)."""
+    e = example()
+    pg_losses, pg_clipped = ppo.policy_losses(e.logprobs, e.logprobs, e.whitened, 0.2)
+    vf_losses, vf_clipped = ppo.value_losses(e.values, e.values, e.returns, 0.2)
+    close(ppo.masked_mean(pg_losses, e.mask), 0)
+    close(sum(ppo.masked_mean(pg_losses[i], e.mask[i]) for i in range(3)) / 3, -0.093275)  # means per row: not 0
+    close(ppo.masked_mean(vf_losses, e.value_mask), 0.724493)
+    assert pg_clipped.sum() == vf_clipped.sum() == 0
+
+
+def test_junk_after_eos_changes_nothing():
+    """Tokens, log-probabilities and values after EOS (after e + 1 for values) change no later quantity (T28)."""
+    plain, numbers = example(), torch.tensor([-9.0, 7.0])
+    changes = {name: getattr(example(), name).clone() for name in ("logprobs", "ref_logprobs", "values")}
+    changes["logprobs"][0, 3:], changes["ref_logprobs"][0, 3:], changes["values"][0, 4] = numbers, -2 * numbers, 5.0
+    for junk in ((0, 0), (4, 0), (9, 1)):
+        other = example(junk, **changes)
+        for name in ("responses", "lengths", "scores", "kl", "rewards", "advantages", "returns", "whitened"):
+            assert torch.equal(getattr(other, name), getattr(plain, name)), name
+
+
+# ---- KL, entropy, rewards ---------------------------------------------------------------------------------
+
+
+def test_detail_32_k1_and_k3_are_unbiased():
+    """In exact expectation over the policy k1 and k3 equal the KL to 1e-12, k2 does not; k3 is never negative."""
+    policy, ref = (torch.randn(6, generator=torch.Generator().manual_seed(i)).double().log_softmax(0) for i in (0, 1))
+    kl = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (policy, ref)))
+    mean = lambda estimate: (policy.exp() * estimate).sum()
+    close(mean(ppo.k1(policy, ref)), kl, 1e-12)
+    close(mean(ppo.k3(policy, ref)), kl, 1e-12)
+    assert abs(mean(ppo.k1(policy, ref) ** 2 / 2) - kl) > 0.01
+    assert ppo.k1(policy, ref).min() < 0 <= ppo.k3(policy, ref).min()
+
+
+def test_detail_32_kl_has_the_right_sign():
+    """A token likelier under the policy than under the reference has KL > 0 and lowers the reward by kl_coef * KL (T24)."""
+    kl = ppo.k1(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.0]]))
+    close(kl, [[0.5, 0.0]])
+    close(ppo.token_rewards(kl, torch.tensor([0.0]), torch.tensor([2]), 0.2), [[-0.1, 0.0]])
+
+
+def test_detail_33_score_lands_one_step_after_eos():
+    """With e the last kept token the score is added at e + 1, at e where the response fills the last column."""
+    rewards = ppo.token_rewards(torch.zeros(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1, 2, 3, 3]), 0.1)
+    assert rewards.tolist() == [[0, 1, 0], [0, 0, 2], [0, 0, 3], [0, 0, 4]]
+
+
+def test_token_entropies_equal_torchs_and_are_not_negative():
+    """Entropies equal torch.distributions.Categorical's, also with forbidden tokens, and are >= 0 when certain (T38)."""
+    logits = 3 * torch.randn(4, 5, 20, generator=torch.Generator().manual_seed(0))
+    forbidden = torch.arange(20) >= 17
+    close(ppo.token_entropies(ppo.scale_logits(logits, 0.7, forbidden)),
+          torch.distributions.Categorical(logits=logits[..., :17] / (0.7 + 1e-7)).entropy(), 1e-5)
+    assert ppo.token_entropies(1e3 * logits).min() >= 0
+    close(ppo.token_entropies(torch.zeros(1, 1, 8)), [[torch.tensor(8.0).log()]])
+
+
+def test_token_logprobs_equal_torchs():
+    """Log-probabilities equal torch.distributions.Categorical's."""
+    logits = 3 * torch.randn(4, 5, 20, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(1))
+    close(ppo.token_logprobs(logits, tokens), torch.distributions.Categorical(logits=logits).log_prob(tokens), 1e-5)
+
+
+# ---- Advantages and whitening -----------------------------------------------------------------------------
+
+
+def test_detail_36_gae_equals_a_double_loop():
+    """A_t = sum over s >= t of (gamma lam)^(s - t) delta_s, with no value after the end (T32)."""
+    rewards, values = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).double()
+    advantages, returns = ppo.gae(rewards, values, 0.9, 0.8)
+    for i in range(3):
+        delta = [rewards[i, t] + 0.9 * (values[i, t + 1] if t < 6 else 0) - values[i, t] for t in range(7)]
+        for t in range(7):
+            expected = sum((0.9 * 0.8) ** (s - t) * delta[s] for s in range(t, 7))
+            close(advantages[i, t], expected, 1e-12)
+            close(returns[i, t], expected + values[i, t], 1e-12)
+
+
+def test_detail_36_returns_are_suffix_sums_at_gamma_and_lambda_1():
+    """With gamma = lambda = 1 the return is the sum of the rewards from t on, whatever the values are (T32)."""
+    rewards, values = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(1)).double()
+    close(ppo.gae(rewards, values, 1.0, 1.0)[1], rewards.flip(1).cumsum(1).flip(1), 1e-12)
+
+
+NINE = torch.tensor([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]])
+
+
+def test_detail_24_whitening_keeps_the_mean():
+    """1.2 ... 2.0 become .0508, .4381, .8254, ... with mean 1.6 kept: the variance is divided by N, not N - 1 (T33)."""
+    whitened = ppo.masked_whiten(NINE, torch.ones(3, 3, dtype=torch.bool), shift_mean=False)
+    close(whitened[0], [0.0508, 0.4381, 0.8254], 5e-5)
+    close(whitened.mean(), 1.6)
+
+
+def test_detail_25_whitening_gives_mean_0_and_variance_1():
+    """Advantage whitening removes the mean and divides by the biased standard deviation (T33)."""
+    whitened = ppo.masked_whiten(NINE, torch.ones(3, 3, dtype=torch.bool))
+    close(whitened, (NINE - NINE.mean()) / NINE.std(correction=0), 1e-5)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_detail_37_masked_entries_never_influence_whitening(shift_mean):
+    """Numbers outside the mask change nothing and come out as 0; more masked columns change nothing (T33, T38)."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    plain = ppo.masked_whiten(NINE, mask, shift_mean)
+    assert torch.equal(ppo.masked_whiten(torch.where(mask, NINE, 1e4), mask, shift_mean), plain)
+    assert (plain[~mask] == 0).all() and (plain[mask] != 0).all()
+    wider = torch.cat([NINE, torch.full((3, 2), 50.0)], 1), torch.cat([mask, torch.zeros(3, 2).bool()], 1)
+    close(ppo.masked_whiten(*wider, shift_mean)[:, :3], plain)
+
+
+def test_masked_mean_ignores_pads():
+    """The mean is taken over the entries that count, and more masked columns do not change it (T38)."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    close(ppo.masked_mean(NINE, mask), (1.2 + 1.3 + 1.5) / 3)
+    assert torch.equal(ppo.masked_mean(torch.cat([NINE, NINE], 1), torch.cat([mask, mask & False], 1)), ppo.masked_mean(NINE, mask))
+
+
+# ---- Losses -----------------------------------------------------------------------------------------------
+
+
+def test_detail_38_policy_loss_is_clipped_against_improvement():
+    """By hand: A 1, ratio 1.5 -> -1.2; A -1, 1.5 -> 1.5; A 1, 0.5 -> -0.5; A -1, 0.5 -> 0.8; ratio 1.1 unclipped (T34)."""
+    ratio, advantages = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    losses, clipped = ppo.policy_losses(ratio.log() - 2, torch.full((5,), -2.0), advantages, 0.2)
+    close(losses, [-1.2, 1.5, -0.5, 0.8, -1.1])
+    assert clipped.tolist() == [1, 0, 0, 1, 0]
+
+
+def test_detail_38_policy_gradient_by_autograd():
+    """At ratio 1 the gradient with respect to the log-probability is -A; where the clip decides it is 0 (T34)."""
+    new = torch.tensor([0.0, 0.0, 0.5, -0.5], requires_grad=True)
+    losses, _ = ppo.policy_losses(new, torch.zeros(4), torch.tensor([2.0, -3.0, 1.0, -1.0]), 0.2)
+    losses.sum().backward()
+    close(new.grad, [-2.0, 3.0, 0.0, 0.0])
+
+
+def test_detail_39_value_loss_is_the_larger_of_two():
+    """By hand: old 0, new 0.5, return 1 -> half of max(.25, .64); return 0 -> half of max(.25, .04); inside the range equal (T34)."""
+    new, returns = torch.tensor([0.5, 0.5, 0.1, -0.5]), torch.tensor([1.0, 0.0, 1.0, -1.0])
+    losses, clipped = ppo.value_losses(new, torch.zeros(4), returns, 0.2)
+    close(losses, [0.32, 0.125, 0.405, 0.32])
+    assert clipped.tolist() == [1, 0, 0, 1]
+
+
+# ---- Reading scores and values ----------------------------------------------------------------------------
+
+
+def test_detail_12_last_token_is_found_on_any_padding_side():
+    """Left pads, right pads, both, none: the value at the last real token is read (T15)."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    assert ppo.at_last_token(torch.arange(16).view(4, 4), mask).tolist() == [3, 5, 10, 15]
+
+
+@pytest.fixture
+def scored(tiny_classifier):
+    """A reward model, three padded queries (one holds an EOS) and four-token responses."""
+    tiny_classifier.config.reward_mean = 0.5
+    queries, query_mask = ppo.pad([[5, 6], [7, EOS, 8, 9], [3]], 60, "left")
+    responses, lengths, ended = ppo.truncate_at_eos(torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4], [2, 2, 5, 0]]), torch.tensor([EOS]), 60)
+    return SimpleNamespace(model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, queries=queries, query_mask=query_mask,
+                           responses=responses, mask=ppo.response_masks(lengths, 4)[0], ended=ended)
+
+
+def score(s, missing_eos_score, rollout_batch_size=2):
+    args = SimpleNamespace(missing_eos_score=missing_eos_score, rollout_batch_size=rollout_batch_size)
+    return ppo.score_responses(s.model, None, s.queries, s.query_mask, s.responses, s.mask, s.ended, None, args)
+
+
+def test_detail_15_scores_equal_the_classifiers_on_unpadded_rows(scored):
+    """Each score is what transformers' own classifier gives for the row without padding, less reward_mean (T15, T17)."""
+    rows = [[5, 6, 4, 0], [7, 0, 8, 9, 1, 2, 3, 4], [3, 2, 2, 5, 0]]
+    expected = [scored.classifier(torch.tensor([row])).logits.item() - 0.5 for row in rows]
+    close(score(scored, None), expected, 1e-5)
+    close(score(scored, None, rollout_batch_size=8), expected, 1e-5)
+
+
+def test_detail_23_score_without_eos_is_replaced(scored):
+    """No EOS in the response: exactly -1, though the query holds one; EOS in the last slot keeps its score (T27)."""
+    kept, replaced = score(scored, None), score(scored, -1.0)
+    assert replaced[1] == -1.0 != kept[1]
+    assert torch.equal(replaced[[0, 2]], kept[[0, 2]])
+
+
+def test_cut_drops_only_columns_of_padding(tiny_lm):
+    """A micro-batch has its rows' tokens, no column that is padding in all of them, and the same logits (T36)."""
+    lengths, widths = [2, 5, 3, 1], [4, 1, 2, 6]
+    torch.manual_seed(0)
+    queries, query_mask = ppo.pad([torch.randint(1, 60, (n,)).tolist() for n in lengths], 60, "left")
+    responses, mask = ppo.pad([torch.randint(1, 60, (n,)).tolist() for n in widths], 60, "right")
+    forbidden = torch.arange(64) == 60
+    whole = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
+    full = ppo.response_logits(tiny_lm, *whole, 6, 0.7, forbidden)
+    for rows, shape in (([0, 2], (3, 4)), ([3], (1, 6)), ([1, 0], (5, 4)), ([0, 1, 2, 3], (5, 6))):
+        ids, ids_mask, width = ppo.cut(rows, queries, query_mask, responses, mask, lengths, widths)
+        assert (ids.shape[1] - width, width) == shape and ids_mask.any(0).all()
+        assert [row[m].tolist() for row, m in zip(ids, ids_mask)] == [whole[0][i][whole[1][i]].tolist() for i in rows]
+        logits = ppo.response_logits(tiny_lm, ids, ids_mask, width, 0.7, forbidden)
+        for j, i in enumerate(rows):
+            close(logits[j, : widths[i], :60], full[i, : widths[i], :60], 1e-5)
+
+
+# ---- Engines ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
+def test_detail_44_gradients_are_clipped_at_the_flag_only(zero_stage, max_grad_norm):
+    """A plain SGD step of 1 moves the weights by the clipped norm, or unclipped at 0; the norm before is reported (T40)."""
+    init_distributed()
+    model = torch.nn.Linear(3, 1, bias=False)
+    before = model.weight.detach().clone()
+    engine = create_engine(model, torch.optim.SGD(model.parameters(), lr=9.0), SimpleNamespace(
+        zero_stage=zero_stage, bf16=False, offload_optimizer=False, max_grad_norm=max_grad_norm))
+    engine.backward(engine(torch.tensor([[2.0, 4.0, 4.0]])).sum())  # gradient (2, 4, 4), norm 6
+    close(optimizer_step(engine, 1.0), 6.0, 1e-5)
+    close((model.weight - before).norm(), max_grad_norm or 6.0, 1e-5)
+
+
+# ---- Whole runs -------------------------------------------------------------------------------------------
+
+
+def count_the(queries, responses):
+    """Reward function of the runs below: how often the letter t stands in a response."""
+    return [float(response.count("t")) for response in responses]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Flags of a small run, with a policy that ends about every other response, a reward model, and 24 prompts."""
+    folder = tmp_path_factory.mktemp("assets")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/base")
+    config = dict(vocab_size=1024, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    sft = biased_to(GPTNeoXForCausalLM(tiny_config(**config)), EOS, 5.2)
+    torch.manual_seed(1)
+    reward_model = GPTNeoXForSequenceClassification(tiny_config(**config, num_labels=1, reward_mean=0.5))
+    for name, model in (("sft", sft), ("reward_model", reward_model)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, first, last in (("train", 0, 24), ("validation", 0, 8)):
+        rows = (ROOT / f"assets/data/{name}.jsonl").read_text().splitlines()[first:last]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return dict(
+        sft_model=str(folder / "sft"), reward_model=str(folder / "reward_model"), prompts=str(folder / "train.jsonl"),
+        eval_prompts=str(folder / "validation.jsonl"), gold_function=None, max_prompt_length=16, response_length=8,
+        rollout_batch_size=8, total_episodes=16, batch_size=16, num_ppo_epochs=2, micro_batch_size=4, lr=3e-4, critic_lr=3e-4,
+        temperature=0.8, kl_coef=0.3, gamma=0.99, lam=0.9, cliprange=0.15, cliprange_value=0.25, vf_coef=0.2)
+
+
+def run(flags, folder, steps=None, **changes):
+    """Run ppo.main. steps: a list that gets the engines' state before every optimizer step. Returns rows of metrics.jsonl."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        if steps is not None:
+            patch.setattr(ppo, "optimizer_step", recording(steps))
+        ppo.main(ppo.Args(**{**flags, "output_dir": str(folder), **changes}))
+    return rows_of(folder / "metrics.jsonl")
+
+
+def recording(steps):
+    def step(engine, lr):
+        group = engine.optimizer.param_groups[0]
+        steps.append(SimpleNamespace(lr=lr, group={key: group[key] for key in ("betas", "eps", "weight_decay")}, gradient={
+            name: param.grad.clone() for name, param in engine.module.named_parameters() if param.grad is not None}))
+        return optimizer_step(engine, lr)
+    return step
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def training(rows):
+    return [row for row in rows if "objective/scores" in row]
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+SPIED = ("rollout", "sampling_noise", "score_responses", "k3", "token_rewards", "gae", "masked_whiten", "policy_losses",
+         "value_losses", "cut")
+
+
+@pytest.fixture(scope="module")
+def spied(assets, tmp_path_factory):
+    """A run of two updates of 16 episodes, two epochs each, and what its functions were given and returned."""
+    calls, steps, folder = defaultdict(list), [], tmp_path_factory.mktemp("spied") / "run"
+    before = {name: weights(ROOT / assets[name]) for name in ("sft_model", "reward_model")}
+
+    def spy(original):
+        def wrapper(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls[original.__name__].append(SimpleNamespace(args=args, kwargs=kwargs, result=result))
+            return result
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SPIED:
+            patch.setattr(ppo, name, spy(getattr(ppo, name)))
+        metrics = run(assets, folder, steps, total_episodes=32, lr=2e-3, critic_lr=1e-3, weight_decay=0.02, adam_eps=1e-6)
+    policy = AutoModelForCausalLM.from_pretrained(assets["sft_model"]).eval()
+    reward_model = AutoModelForSequenceClassification.from_pretrained(assets["reward_model"]).eval()
+    updates = []
+    for u in range(2):
+        new, train = calls["rollout"][u + 1].result, calls["policy_losses"][8 * u : 8 * u + 8]
+        updates.append(SimpleNamespace(
+            prompts=[ids for ids, _ in calls["rollout"][u + 1].args[1]], responses=new[2], lengths=new[3], ended=new[4],
+            mask=ppo.response_masks(new[3], 8)[0], value_mask=ppo.response_masks(new[3], 8)[1],
+            scores=calls["score_responses"][u + 1].result, logprobs=calls["k3"][u].args[0], ref_logprobs=calls["k3"][u].args[1],
+            kl=calls["token_rewards"][u].args[0], rewards=calls["gae"][u].args[0], values=calls["gae"][u].args[1],
+            advantages=calls["masked_whiten"][u].result, returns=calls["gae"][u].result[1],
+            policy_losses=train, value_losses=calls["value_losses"][8 * u : 8 * u + 8],
+            cuts=calls["cut"][12 * u + 4 : 12 * u + 12]))
+    return SimpleNamespace(calls=calls, steps=steps, folder=folder, flags=assets, before=before, metrics=metrics,
+                           policy=policy, reward_model=reward_model, updates=updates)
+
+
+def slow_logprobs(model, query, response, temperature=0.8):
+    """Log-probabilities of a response after a query, unpadded, one row, by transformers alone; PAD (id 1) and rows beyond the
+    1000 tokens of the tokenizer excluded."""
+    logits = model(torch.tensor([[*query, *response]])).logits[0, len(query) - 1 : -1] / (temperature + 1e-7)
+    logits[:, 1], logits[:, 1000:] = float("-inf"), float("-inf")
+    return logits.log_softmax(-1)[torch.arange(len(response)), response]
+
+
+def rows(update):
+    return [(query, response[:n].tolist(), n) for query, response, n in zip(update.prompts, update.responses, update.lengths.tolist())]
+
+
+def test_run_has_unequal_and_unended_responses(spied):
+    """The shared run is a fair one: responses end at several steps, some do not, some fill the last column."""
+    lengths, ended = (torch.cat([getattr(u, name) for u in spied.updates]) for name in ("lengths", "ended"))
+    assert len(set(lengths.tolist())) >= 5 and 4 < ended.sum() < 31 and (lengths < 8).sum() >= 8
+
+
+def test_detail_22_value_after_eos_equals_the_score_at_the_start(spied):
+    """The critic starts as the reward model, constant and all: V at e + 1 is the score, so its delta is 0 (T30)."""
+    u = spied.updates[0]
+    early = (u.lengths < 8).nonzero().flatten()
+    after_eos = u.values[early, u.lengths[early]]
+    close(after_eos, u.scores[early], 1e-5)
+    close(u.rewards[early, u.lengths[early]] - after_eos, torch.zeros(len(early)), 1e-5)
+
+
+@torch.no_grad()
+def test_detail_28_values_do_not_depend_on_the_token_they_precede(spied):
+    """V_t is the reward model on the query and the tokens before t, so another token t changes V_{t+1} but not V_t (T31)."""
+    u = spied.updates[0]
+    value_of = lambda ids: spied.reward_model(torch.tensor([ids])).logits.item() - 0.5
+    for i, (query, response, length) in enumerate(rows(u)):
+        for t in range(min(length + 1, 8)):
+            close(u.values[i, t], value_of(query + response[:t]), 1e-5)
+            if 0 < t:
+                assert abs(u.values[i, t] - value_of(query + response[: t - 1] + [response[t - 1] ^ 3])) > 1e-4
+        assert (u.values[i, length + 1 :] == 0).all()  # [detail 31]
+
+
+@torch.no_grad()
+def test_detail_30_log_probabilities_equal_a_slow_loop(spied):
+    """Policy and reference log-probabilities are those of unpadded rows at the same temperature, 0 after EOS (T21)."""
+    for number, u in enumerate(spied.updates):
+        for i, (query, response, length) in enumerate(rows(u)):
+            expected = slow_logprobs(spied.policy, query, response)
+            close(u.ref_logprobs[i, :length], expected, 2e-5)
+            if number == 0:
+                close(u.logprobs[i, :length], expected, 2e-5)
+        assert (u.logprobs[~u.mask] == 0).all() and (u.ref_logprobs[~u.mask] == 0).all()
+
+
+def test_kl_is_0_before_the_first_step(spied):
+    """In the first update and the first evaluation the policy is the reference: every KL is 0 (T23)."""
+    assert (spied.updates[0].kl == 0).all() and (spied.updates[1].kl.abs() > 1e-3).any()
+    first, start = training(spied.metrics)[0], spied.metrics[0]
+    assert first["objective/kl"] == first["objective/kl_k3"] == first["objective/non_score_reward"] == start["eval/kl"] == 0
+
+
+@torch.no_grad()
+def test_evaluated_kl_equals_a_slow_loop(spied):
+    """KL, score and length of each held-out sample after training equal a row-by-row loop over the saved policy (T24)."""
+    trained = AutoModelForCausalLM.from_pretrained(spied.folder).eval()
+    _, prompts = spied.calls["rollout"][-1].args[:2]
+    responses, lengths = spied.calls["rollout"][-1].result[2:4]
+    samples = [row for row in rows_of(spied.folder / "samples.jsonl") if row["step"] == 2]
+    assert len(samples) == 8 and max(abs(row["kl"]) for row in samples) > 0.01
+    for (query, _), response, length, sample in zip(prompts, responses, lengths.tolist(), samples):
+        response = response[:length].tolist()
+        kl = slow_logprobs(trained, query, response) - slow_logprobs(spied.policy, query, response)
+        close(sample["kl"], kl.sum(), 1e-4)
+        score = spied.reward_model(torch.tensor([query + response])).logits.item() - 0.5
+        close(sample["score"], score if sample["ended"] else -1.0, 1e-4)
+        assert sample["length"] == length and sample["ended"] == (EOS in response)
+    last = spied.metrics[-1]
+    for name in ("score", "kl", "length", "ended"):
+        close(last[f"eval/{name}"], sum(row[name] for row in samples) / 8)
+    close(last["eval/rlhf_reward"], last["eval/score"] - 0.3 * last["eval/kl"])
+    assert last["eval/distinct_starts"] == len({tuple(row[:4].tolist()) for row in responses}) / 8
+
+
+def test_detail_32_rewards_and_advantages_of_a_run(spied):
+    """The run's rewards hold -kl_coef * k1 and the scores, its advantages gamma, lambda and whitening over t <= e (T24, T32)."""
+    for u, call in zip(spied.updates, spied.calls["gae"]):
+        assert torch.equal(u.kl, u.logprobs - u.ref_logprobs) and call.args[2:] == (0.99, 0.9)
+        close(u.rewards.sum(1), u.scores - 0.3 * u.kl.sum(1), 1e-5)
+        advantages = call.result[0][u.mask]
+        close(u.advantages[u.mask], (advantages - advantages.mean()) / advantages.std(correction=0), 1e-5)
+        assert (u.advantages[~u.mask] == 0).all()
+        assert torch.equal(u.scores[~u.ended], torch.full_like(u.scores[~u.ended], -1.0))
+
+
+def test_ratio_is_exactly_1_in_the_first_epoch(spied):
+    """Before the first optimizer step of each update the recomputed log-probabilities are bit-equal to the old ones (T22)."""
+    for u in spied.updates:
+        for number, (policy_loss, cut) in enumerate(zip(u.policy_losses, u.cuts)):
+            new, old, *_ = policy_loss.args
+            same = torch.equal((new * cut.result[1][:, -cut.result[2] :]), old)
+            assert same == (number < 4)  # four micro-batches an epoch, and the second epoch has moved
+
+
+def test_each_epoch_sees_every_episode_once(spied):
+    """The micro-batches of an epoch are a partition of the batch, another one in the second epoch (detail 41)."""
+    for u in spied.updates:
+        first, second = ([call.args[0] for call in u.cuts[start : start + 4]] for start in (0, 4))
+        assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(16))
+        assert first != second
+
+
+def test_detail_26_evaluation_noise_and_training_noise(spied):
+    """Held-out prompts get the same noise at every evaluation, and each training episode its own address (E11)."""
+    addresses = [(*call.args[:2], list(call.args[2])) for call in spied.calls["sampling_noise"]]
+    held_out = (0, 0, list(range(8)))
+    assert addresses == [held_out, (1, 1, list(range(16))), (1, 2, list(range(16, 32))), held_out]
+    tokenizer = AutoTokenizer.from_pretrained(spied.flags["sft_model"])
+    texts = [row["prompt"] for row in rows_of(ROOT / spied.flags["prompts"])]
+    expected = [tokenizer(texts[ppo.prompt_of_episode(n, 24, 1)]).input_ids for n in range(32)]
+    assert [prompt for u in spied.updates for prompt in u.prompts] == expected
+
+
+def relative_error(gradient, expected):
+    difference = sum((gradient[name] - expected[name]).double().square().sum() for name in expected)
+    return float((difference / sum(value.double().square().sum() for value in expected.values())).sqrt())
+
+
+def test_first_gradients_equal_autograd_row_by_row(spied):
+    """The gradients of the first step are those of one sum over unpadded rows by autograd: -sum A log p / tokens for the
+    policy, 0.2 * sum (V - R)^2 / 2 / states for the critic (T36, details 38, 39)."""
+    u, loss, value_loss = spied.updates[0], 0, 0
+    for i, (query, response, length) in enumerate(rows(u)):
+        loss = loss - (u.advantages[i, :length] * slow_logprobs(spied.policy, query, response)).sum()
+        states = min(length + 1, 8)
+        hidden = spied.reward_model.base_model(torch.tensor([query + response])).last_hidden_state
+        values = spied.reward_model.score(hidden)[0, len(query) - 1 :][:states, 0] - 0.5
+        value_loss = value_loss + 0.5 * ((values - u.returns[i, :states]) ** 2).sum()
+    (loss / u.mask.sum()).backward()
+    (0.2 * value_loss / u.value_mask.sum()).backward()
+    expected = [{prefix + name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+                for model, prefix in ((spied.policy, ""), (spied.reward_model, "classifier."))]
+    spied.policy.zero_grad(), spied.reward_model.zero_grad()
+    assert relative_error(spied.steps[0].gradient, expected[0]) < 1e-4
+    assert relative_error(spied.steps[1].gradient, expected[1]) < 1e-4
+    assert len(spied.steps) == 8  # two updates, two epochs, two models (T35)
+
+
+def test_logged_metrics_equal_slow_loops_over_counted_tokens(spied):
+    """Each logged mean equals a loop over the tokens up to EOS, whatever the padding of its micro-batch (T38)."""
+    for u, logged in zip(spied.updates, training(spied.metrics)):
+        old, new, advantages, v, v_new, v_return = [], [], [], [], [], []
+        for cut, policy_loss, value_loss in zip(u.cuts, u.policy_losses, u.value_losses):
+            for j, i in enumerate(cut.args[0]):
+                n = int(u.lengths[i])
+                for source, target in zip(policy_loss.args, (new, old, advantages)):
+                    target += source[j, :n].tolist()
+                for source, target in zip(value_loss.args, (v_new, v, v_return)):
+                    target += source[j, : min(n + 1, 8)].tolist()
+        old, new, advantages, v, v_new, v_return = map(torch.tensor, (old, new, advantages, v, v_new, v_return))
+        ratio = (new - old).exp()
+        losses = -torch.minimum(advantages * ratio, advantages * ratio.clamp(0.85, 1.15))
+        value_losses = torch.maximum((v_new - v_return) ** 2, (torch.clamp(v_new, v - 0.25, v + 0.25) - v_return) ** 2) / 2
+        explained = 1 - (u.returns - u.values)[u.value_mask].var() / u.returns[u.value_mask].var()
+        for name, value in {
+            "policy/approxkl_avg": ((new - old) ** 2).mean() / 2, "val/ratio": ratio.mean(), "val/ratio_max": ratio.max(),
+            "val/ratio_var": ratio.var(correction=0), "loss/policy_avg": losses.mean(), "loss/value_avg": value_losses.mean(),
+            "policy/clipfrac_avg": (losses > -advantages * ratio).float().mean(),
+            "val/clipfrac_avg": (2 * value_losses > (v_new - v_return) ** 2).float().mean(),
+            "objective/scores": u.scores.mean(), "objective/kl": u.kl.sum(1).mean(), "val/explained_variance": explained,
+            "objective/kl_k3": ((u.ref_logprobs - u.logprobs).exp() - 1 + u.kl).sum(1).mean(),
+            "objective/entropy": -u.logprobs.sum(1).mean(), "objective/non_score_reward": -0.3 * u.kl.sum(1).mean(),
+            "objective/rlhf_reward": u.scores.mean() - 0.3 * u.kl.sum(1).mean(),
+            "val/length": u.lengths.float().mean(), "val/ended": u.ended.float().mean(),
+        }.items():
+            assert logged[name] == pytest.approx(float(value), abs=1e-4), name
+        assert logged["policy/clipfrac_avg"] > 0 and logged["objective/entropy"] > 0
+
+
+@torch.no_grad()
+def test_logged_entropy_equals_a_slow_loop(spied):
+    """policy/entropy_avg is the mean entropy of the sampling distribution over the tokens up to EOS, and >= 0 (T38)."""
+    total, u = 0.0, spied.updates[0]
+    for query, response, length in rows(u):
+        logits = spied.policy(torch.tensor([query + response])).logits[0, len(query) - 1 : -1] / 0.8
+        allowed = [token for token in range(1000) if token != 1]
+        total += torch.distributions.Categorical(logits=logits[:, allowed]).entropy().sum()
+    close(training(spied.metrics)[0]["policy/entropy_avg"], total / u.lengths.sum(), 1e-4)
+
+
+def test_detail_42_learning_rates_fall_linearly(spied):
+    """Update u of N runs at lr * (1 - (u - 1) / N), policy and critic each with its own (T13)."""
+    assert [step.lr for step in spied.steps] == [2e-3, 1e-3] * 2 + [1e-3, 5e-4] * 2
+    assert [(row["lr"], row["critic_lr"], row["episode"]) for row in training(spied.metrics)] == [(2e-3, 1e-3, 16), (1e-3, 5e-4, 32)]
+
+
+def test_detail_43_optimizers_use_the_flags(spied):
+    """AdamW's epsilon and weight decay are those of the flags, for policy and critic (T40)."""
+    assert all(step.group == {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.02} for step in spied.steps)
+    args = ppo.Args()
+    assert (args.adam_eps, args.weight_decay, args.max_grad_norm) == (1e-5, 0.01, 0.0)
+
+
+def test_logged_gradient_norms_are_unclipped_means(spied):
+    """Both logged gradient norms are the means over the update's steps of each model's own norm (T40)."""
+    norms = [torch.cat([g.flatten() for g in step.gradient.values()]).norm() for step in spied.steps]
+    for u, row in enumerate(training(spied.metrics)):
+        policy, _, policy_2, _ = norms[4 * u : 4 * u + 4]
+        _, critic, _, critic_2 = norms[4 * u : 4 * u + 4]
+        close(row["policy/grad_norm"], (policy + policy_2) / 2, 1e-4)
+        close(row["val/grad_norm"], (critic + critic_2) / 2, 1e-4)
+
+
+def test_sft_and_reward_model_are_not_touched(spied):
+    """The folders read are the same bytes afterwards; every weight of policy and critic that can move has moved (T39)."""
+    for name, before in spied.before.items():
+        assert weights(ROOT / spied.flags[name]) == before
+    trained = AutoModelForCausalLM.from_pretrained(spied.folder), AutoModelForSequenceClassification.from_pretrained(spied.folder / "critic")
+    for model, start in zip(trained, (spied.policy, spied.reward_model)):
+        for (name, new), (_, old) in zip(model.named_parameters(), start.named_parameters()):
+            assert not torch.equal(new, old), name
+    assert trained[1].config.reward_mean == 0.5  # [detail 15] the constant is not trained
+
+
+def test_frozen_policy_keeps_ratio_1(assets, tmp_path):
+    """With learning rate 0, three epochs: ratio 1, approxkl 0, nothing clipped, policy loss 0, the same held-out samples (T22)."""
+    metrics = run(assets, tmp_path / "run", lr=0.0, critic_lr=0.0, num_ppo_epochs=3, micro_batch_size=16)
+    row = training(metrics)[0]
+    close([row["val/ratio"], row["val/ratio_max"]], [1.0, 1.0], 1e-5)
+    close([row[f"policy/{name}_avg"] for name in ("approxkl", "clipfrac")], [0.0, 0.0], 1e-9)
+    close([row["loss/policy_avg"], row["val/ratio_var"], row["val/clipfrac_avg"]], [0.0, 0.0, 0.0], 1e-6)
+    samples = [{**row, "step": 0, "gold": 0} for row in rows_of(tmp_path / "run/samples.jsonl")]
+    assert len(samples) == 16 and samples[:8] == samples[8:]
+    assert weights(tmp_path / "run/critic") == weights(ROOT / assets["reward_model"])
+
+
+def test_gradient_does_not_depend_on_the_micro_batch(assets, tmp_path):
+    """Micro-batches of 1, 2, 4 and 8 give the gradients of both models to 1e-5, and the logged metrics to 1e-4 (T36)."""
+    runs = {}
+    for size in (8, 1, 2, 4):
+        steps = []
+        metrics = run(assets, tmp_path / f"{size}", steps, batch_size=8, num_minibatches=1, num_ppo_epochs=2, micro_batch_size=size)
+        runs[size] = steps, training(metrics)[0]
+    for size in (1, 2, 4):
+        (steps, row), (expected_steps, expected_row) = runs[size], runs[8]
+        for step, expected in zip(steps[:2], expected_steps[:2]):
+            assert relative_error(step.gradient, expected.gradient) < 1e-5
+        for name in expected_row:
+            assert row[name] == pytest.approx(expected_row[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.fixture(scope="module")
+def long_run(assets, tmp_path_factory):
+    """Five updates with two minibatches, whitened rewards, a checkpoint after each, and what whitening was given."""
+    folder, steps, whitened = tmp_path_factory.mktemp("long") / "run", [], []
+    flags = dict(assets, total_episodes=43, batch_size=8, num_minibatches=2, num_ppo_epochs=3, save_every=1, eval_every=2,
+                 whiten_rewards=True, reward_function=f"{__name__}:count_the", lr=1e-3)
+    original = ppo.masked_whiten
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "masked_whiten", lambda *args, **kwargs: whitened.append((args, kwargs)) or original(*args, **kwargs))
+        metrics = run(flags, folder, steps)
+    return SimpleNamespace(flags=flags, folder=folder, steps=steps, whitened=whitened, metrics=metrics)
+
+
+def test_every_update_takes_epochs_times_minibatches_steps(long_run):
+    """Two minibatches and three epochs are six steps of each model in all five updates; three left-over episodes are left out (T35)."""
+    assert len(long_run.steps) == 5 * 6 * 2
+    assert [row["step"] for row in training(long_run.metrics)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in long_run.metrics if "eval/score" in row] == [0, 2, 4, 5]
+
+
+def test_detail_35_rewards_are_whitened_over_states_with_their_mean(long_run):
+    """--whiten_rewards whitens the rewards over t <= e + 1 and keeps their mean, then the advantages over t <= e."""
+    for (rewards_call, keep), (advantages_call, remove) in zip(long_run.whitened[::2], long_run.whitened[1::2]):
+        lengths = advantages_call[1].sum(1)
+        assert keep == {"shift_mean": False} and remove == {}
+        assert torch.equal(rewards_call[1].sum(1), (lengths + 1).clamp(max=8))
+
+
+def test_resumed_run_is_bit_identical(long_run, tmp_path):
+    """A run killed after update 3 and resumed ends with the same bits: metrics, samples, policy and critic (T43)."""
+    folder = tmp_path / "run"
+    shutil.copytree(long_run.folder, folder)
+    for name in ("summary.json", "model.safetensors", "critic/model.safetensors"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "checkpoints/step_0000004")  # the newest is now that of update 3
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000003"]
+    steps = []
+    run(long_run.flags, folder, steps, resume=True)
+    assert len(steps) == 2 * 6 * 2
+    for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors"):
+        assert digest(folder / name) == digest(long_run.folder / name), name
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (folder, long_run.folder)]
+    for summary in summaries:
+        del summary["seconds_this_process"]
+    assert summaries[0] == summaries[1]
+
+
+def digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_policy_learns_a_countable_reward(assets, tmp_path):
+    """Rewarded for each letter t, the policy writes many more of them and leaves the reference; kl_coef 10 holds it there (T41)."""
+    flags = dict(assets, reward_function=f"{__name__}:count_the", missing_eos_score=None, total_episodes=64 * 10, batch_size=64,
+                 micro_batch_size=64, rollout_batch_size=64, num_ppo_epochs=4, lr=3e-3, critic_lr=3e-3, eval_every=100)
+    free = training(run(flags, tmp_path / "free", kl_coef=0.01))
+    held = training(run(flags, tmp_path / "held", kl_coef=10.0))
+    scores, kl = ([row[f"objective/{name}"] for row in free] for name in ("scores", "kl"))
+    assert sum(scores[-3:]) / 3 > 2 * scores[0] and kl[0] == 0 and kl[-1] > 2
+    assert max(abs(row["objective/kl"]) for row in held) < kl[-1] / 3

@@ -1,0 +1,477 @@
+"""sft.py: every row ends with EOS and teaches it, padding changes nothing, the loss is a mean over tokens."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, tiny_config
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaConfig
+from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+import sft
+from utils.data import pad, permutation
+from utils.models import disable_dropout, load_causal_lm, load_tokenizer
+
+PROMPTS = [{"prompt": "the cat", "completion": " sat on the mat"}, {"prompt": "she", "completion": " is a good man"}]
+TEXTS = [{"text": "the cat sat on the mat"}, {"text": "so be it"}]
+EOS, PAD = 0, 1  # of the tokenizer in assets/base
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(ROOT / "assets/base"), "--model")
+
+
+def encode_all(rows, tokenizer):
+    return [(*sft.encode_demonstration(row, tokenizer), row) for row in rows]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make_files(folder, tokenizer):
+    """A tiny random model, and sentences that all end after "mat". Returns the arguments that name the three."""
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=1024, initializer_range=0.02, pad_token_id=PAD, tie_word_embeddings=True)
+    GPTNeoXForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"the {who}", "completion": f" {verb} on the {kind}mat"} for kind in ("", "old ", "good ")
+            for verb in ("sat", "is", "was") for who in ("cat", "dog", "man", "old cat")]
+    return dict(model=str(folder / "model"), train_data=write_rows(folder / "train.jsonl", rows[:28]),
+                eval_data=write_rows(folder / "validation.jsonl", rows[28:]))
+
+
+def run(files, output_dir, **changes):
+    sft.main(sft.Args(**{
+        **files, "output_dir": str(output_dir), "batch_size": 8, "micro_batch_size": 8, "epochs": 12, "lr": 1e-2,
+        "log_every": 1, "save_every": 20, "num_samples": 8, "response_length": 12, **changes}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer):
+    """One run of main, used by several tests: (files, folder)."""
+    files = make_files(tmp_path_factory.mktemp("files"), tokenizer)
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    run(files, folder)
+    return files, folder
+
+
+# ---- Data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, TEXTS], ids=["prompts", "texts"])
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_detail_3_eos_is_a_target(rows, completion_only, tokenizer):
+    """T3: EOS is the last real token of every row, once, and its label is counted; PAD is another token."""
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
+    ids, mask, labels = sft.collate(encode_all(rows, tokenizer), tokenizer, completion_only, "cpu")
+    for row_ids, row_mask, row_labels in zip(ids, mask, labels):
+        assert row_ids[row_mask][-1] == row_labels[row_mask][-1] == EOS
+        assert (row_ids == EOS).sum() == 1
+
+
+def test_detail_3_pad_is_never_a_target(tokenizer):
+    """T3: labels are the ids at real tokens and -100, which the loss ignores, at PAD."""
+    ids, mask, labels = sft.collate(encode_all(PROMPTS + TEXTS, tokenizer), tokenizer, False, "cpu")
+    assert not mask.all() and (ids[~mask] == PAD).all() and (ids[mask] != PAD).all()
+    assert (labels[~mask] == -100).all() and torch.equal(labels[mask], ids[mask])
+
+
+def test_detail_3_pad_as_eos_is_refused(tmp_path, tokenizer, capsys):
+    """T3: a tokenizer whose PAD is its EOS is refused, and one without PAD gets a PAD of its own."""
+    changed = load_tokenizer(str(ROOT / "assets/base"), "--model")
+    changed.pad_token = changed.eos_token
+    changed.save_pretrained(tmp_path / "same")
+    with pytest.raises(SystemExit):
+        load_tokenizer(str(tmp_path / "same"), "--model")
+    assert "its PAD token is its EOS token" in capsys.readouterr().err
+    changed.pad_token = None
+    changed.save_pretrained(tmp_path / "none")
+    assert load_tokenizer(str(tmp_path / "none"), "--model").pad_token_id not in (None, EOS)
+
+
+def test_detail_5_rows_are_padded_right(tokenizer):
+    """T3: training rows start in the first column, whatever their length."""
+    items = encode_all(TEXTS, tokenizer)
+    ids, mask, _ = sft.collate(items, tokenizer, False, "cpu")
+    for (sequence, _, _), row_ids, row_mask in zip(items, ids, mask):
+        assert row_ids[: len(sequence)].tolist() == sequence
+        assert row_mask.tolist() == [True] * len(sequence) + [False] * (ids.shape[1] - len(sequence))
+
+
+def test_detail_9_prompt_tokens_count(tokenizer):
+    """T11: by default prompt tokens are targets like all others; with completion_only only those after it are."""
+    (ids, prompt_length, row), = items = encode_all(PROMPTS[:1], tokenizer)
+    assert tokenizer.decode(ids[:prompt_length]) == row["prompt"]
+    assert sft.collate(items, tokenizer, False, "cpu")[2][0].tolist() == ids
+    assert sft.collate(items, tokenizer, True, "cpu")[2][0].tolist() == [-100] * prompt_length + ids[prompt_length:]
+
+
+def test_detail_e1_prompt_and_completion_are_tokenised_apart(tokenizer):
+    """T4: ids are those of the prompt, then those of the completion, also where the joint string has others."""
+    row = {"prompt": "I wo", "completion": "uld not"}
+    ids, prompt_length = sft.encode_demonstration(row, tokenizer)
+    assert ids == tokenizer("I wo").input_ids + tokenizer("uld not").input_ids + [EOS]
+    assert prompt_length == len(tokenizer("I wo").input_ids)
+    assert ids[:-1] != tokenizer("I would not").input_ids
+
+
+def test_encode_demonstration_puts_one_bos_in_front():
+    """T4: where a tokenizer adds a BOS, prompt and completion together get one."""
+    with_bos = load_tokenizer(str(ROOT / "assets/base"), "--model")
+    plain = with_bos("the cat").input_ids
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="[PAD] $A", special_tokens=[("[PAD]", PAD)])
+    assert with_bos("the cat").input_ids == [PAD] + plain  # PAD plays the BOS here
+    for row in PROMPTS + TEXTS:
+        ids, _ = sft.encode_demonstration(row, with_bos)
+        assert ids[0] == PAD and ids.count(PAD) == 1
+
+
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_count_labels_agrees_with_collate(completion_only, tokenizer):
+    """T11: the number that divides the loss is the number of labels that the loss sees, in both modes."""
+    items = encode_all(PROMPTS + TEXTS + [{"prompt": "", "completion": " sat on the mat"}], tokenizer)
+    _, _, labels = sft.collate(items, tokenizer, completion_only, "cpu")
+    seen = (labels[:, 1:] != -100).sum(1).tolist()  # the first token has nothing before it
+    assert [sft.count_labels(item, completion_only) for item in items] == seen
+
+
+def test_collate_none_is_a_row_without_labels(tokenizer):
+    """T11: the row that fills up a rank's short share adds nothing to the loss."""
+    ids, mask, labels = sft.collate([None], tokenizer, False, "cpu")
+    assert mask.any() and (labels == -100).all()
+    items = encode_all(PROMPTS, tokenizer)
+    _, mask, labels = sft.collate(items + [None], tokenizer, False, "cpu")
+    logits = torch.randn(3, mask.shape[1], 1024)
+    alone = sft.sft_loss_sum(logits[:2], labels[:2]).item()
+    assert sft.sft_loss_sum(logits, labels).item() == pytest.approx(alone, rel=1e-6)
+
+
+def test_load_demonstrations_counts_what_it_drops(tmp_path, tokenizer, capsys):
+    """T6: rows of exactly max_length stay; longer ones and empty completions are dropped, counted and named."""
+    rows = PROMPTS[:1] + [{"prompt": "she", "completion": completion} for completion in ("", " is good" * 9)]
+    length = len(sft.encode_demonstration(PROMPTS[0], tokenizer)[0])
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    kept = sft.load_demonstrations(path, "--train_data", tokenizer, sft.Args(max_length=length))
+    assert [row for _, _, row in kept] == PROMPTS[:1]
+    assert f"1 rows (dropped: 1 over {length} tokens, 1 empty)" in capsys.readouterr().out
+
+
+# ---- Model ------------------------------------------------------------------------------------------------
+
+
+def right_left_and_unpadded(pads):
+    """One text with pads on the right, on the left, and without, each as (ids, mask, slice of the real tokens)."""
+    sequence = torch.randint(1, 60, (12,), generator=torch.Generator().manual_seed(3)).tolist()
+    filler = [5] * (12 + pads)  # a longer second row, which makes `pad` add the pads
+    for side, real in (("right", slice(0, 12)), ("left", slice(pads, pads + 12))):
+        yield *pad([sequence, filler], 60, side), real
+    yield *pad([sequence], 60, "right"), slice(0, 12)
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+                                      initializer_range=0.2, bos_token_id=0, eos_token_id=0)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
+def test_detail_45_padding_side_does_not_change_logits(family, tiny_lm):
+    """T8: the same text with 0 pads, 9 on the left and 9 on the right has the same logits, to 1e-5."""
+    model = tiny_lm if family == "gpt_neox" else tiny_gpt2()
+    right, left, plain = (
+        sft.forward_logits(model, ids, mask)[0, real] for ids, mask, real in right_left_and_unpadded(9))
+    assert (left - plain).abs().max() < 1e-5
+    assert (right - plain).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_detail_45_position_ids_are_what_makes_gpt2_right():
+    """T8: GPT-2 called without the position ids of forward_logits is wrong by more than 0.1 on a left-padded row."""
+    model = tiny_gpt2()
+    _, (ids, mask, real), (plain_ids, plain_mask, _) = right_left_and_unpadded(9)
+    naive = model(input_ids=ids, attention_mask=mask.long()).logits[0, real]
+    assert (naive - sft.forward_logits(model, plain_ids, plain_mask)[0]).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_detail_3_pad_is_never_embedded(side, tiny_lm):
+    """T9: the PAD id does not matter, not even one beyond the embedding: logits at real tokens are the same bits."""
+    sequences = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    expected = None
+    for pad_id in (60, 17, 64_000):
+        ids, mask = pad(sequences, pad_id, side)
+        logits = sft.forward_logits(tiny_lm, ids, mask)[mask]
+        expected = logits if expected is None else expected
+        assert torch.equal(logits, expected)
+
+
+def with_dropout(family):
+    sizes = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if family == "gpt_neox":
+        return GPTNeoXForCausalLM(tiny_config(hidden_dropout=0.5, attention_dropout=0.5, classifier_dropout=0.5))
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=128, attention_dropout=0.5))
+
+
+@torch.no_grad()
+def two_training_forwards(model):
+    torch.manual_seed(0)
+    model.train()
+    ids = torch.arange(1, 21).view(2, 10)
+    return [sft.forward_logits(model, ids, torch.ones_like(ids, dtype=torch.bool)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama"])
+def test_detail_7_dropout_is_off(family):
+    """T10: with all dropout at 0.5, two forwards in train mode differ; after disable_dropout they are bit-equal."""
+    model = with_dropout(family)
+    first, second = two_training_forwards(model)
+    assert not torch.equal(first, second)
+    first, second = two_training_forwards(disable_dropout(model))
+    assert torch.equal(first, second)
+    rates = {key: value for key, value in vars(model.config).items() if "drop" in key and isinstance(value, float)}
+    assert rates and not any(rates.values())  # attention layers of some families read the config in every forward
+
+
+def test_detail_7_a_loaded_model_has_no_dropout(tmp_path, tokenizer):
+    """T10: load_causal_lm, which main calls, switches off the dropout of a saved model."""
+    with_dropout("llama").save_pretrained(tmp_path)
+    first, second = two_training_forwards(load_causal_lm(str(tmp_path), "--model", tokenizer))
+    assert torch.equal(first, second)
+
+
+# ---- Loss and schedule ------------------------------------------------------------------------------------
+
+
+def test_sft_loss_sum_equals_a_loop_over_tokens():
+    """T11: the sum of -log p of each counted token under the logits one position before it, and nothing else."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
+    labels[0, 5:] = labels[1, :4] = -100
+    expected = 0.0
+    for b in range(3):
+        for t in range(1, 7):
+            if labels[b, t] != -100:
+                expected -= logits[b, t - 1].log_softmax(-1)[labels[b, t]].item()
+    assert sft.sft_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+@torch.no_grad()
+def test_sft_loss_sum_ignores_more_pads(tokenizer, tiny_lm):
+    """T11: appending 9 pads to a batch leaves its loss as it is."""
+    items = [(ids, 1, {}) for ids in ([5, 6, 7, EOS], [8, 9, 10, 11, 12, EOS])]
+    ids, mask, labels = sft.collate(items, tokenizer, False, "cpu")
+    loss = sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, mask), labels)
+    ids, mask, labels = (F.pad(x, (0, 9), value=fill) for x, fill in ((ids, PAD), (mask, False), (labels, -100)))
+    again = sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, mask), labels)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_detail_e2_gradient_does_not_depend_on_micro_batches(tokenizer, tiny_lm):
+    """T12: 8 rows of unlike lengths in one micro-batch or in 8 give the same gradient, when divided by one count."""
+    lengths = torch.arange(3, 11)
+    items = [(torch.randint(2, 60, (n,), generator=torch.Generator().manual_seed(n)).tolist() + [EOS], 2, {})
+             for n in lengths.tolist()]
+    count = sum(sft.count_labels(item, True) for item in items)
+    gradients = []
+    for size in (8, 1):
+        tiny_lm.zero_grad()
+        for start in range(0, 8, size):
+            ids, mask, labels = sft.collate(items[start : start + size], tokenizer, True, "cpu")
+            (sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, mask), labels) / count).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in tiny_lm.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_detail_42_cosine_lr_golden_values():
+    """T13: after 1 of 911 steps with peak 3e-6 the rate is 2.9999910808426766e-06, after the last 0."""
+    assert sft.cosine_lr(0, 911, 0, 3e-6) == 3e-6
+    assert sft.cosine_lr(1, 911, 0, 3e-6) == pytest.approx(2.9999910808426766e-06, rel=1e-14)
+    assert sft.cosine_lr(911, 911, 0, 3e-6) == pytest.approx(0, abs=1e-20)
+
+
+def test_detail_42_cosine_lr_equals_transformers_schedule():
+    """T13: with warm-up, every step has the rate of transformers' cosine schedule, rising at first."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 4, 20)
+    ours, theirs = [], []
+    for step in range(20):
+        ours.append(sft.cosine_lr(step, 20, 4, 0.5))
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    assert ours[:5] == [0, 0.125, 0.25, 0.375, 0.5]
+
+
+# ---- Evaluation -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_evaluate_loss_is_a_mean_over_tokens(completion_only, tokenizer, tiny_lm):
+    """T11: the held-out loss is the sum over all rows divided by their counted tokens, not a mean of row means."""
+    items = [(ids, 1, {}) for ids in ([5, EOS], [8, 9, 10, 11, 12, 13, 14, EOS], [20, 21, 22, EOS])]
+    loss, count = 0.0, 0
+    for ids, prompt_length, _ in items:
+        logprobs = tiny_lm(torch.tensor([ids])).logits[0].log_softmax(-1)
+        targets = range(prompt_length if completion_only else 1, len(ids))
+        loss, count = loss - sum(logprobs[t - 1, ids[t]].item() for t in targets), count + len(targets)
+    args = sft.Args(micro_batch_size=2, completion_only=completion_only)
+    metrics = sft.evaluate_loss(tiny_lm, items, tokenizer, args)
+    assert metrics["eval/loss"].item() == pytest.approx(loss / count, rel=1e-5)
+    assert metrics["eval/perplexity"].item() == pytest.approx(torch.tensor(loss / count).exp().item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_sample_continues_each_prompt_as_if_alone(tokenizer):
+    """T8: near temperature 0, prompts of unlike lengths sampled together continue as each does greedily alone."""
+    torch.manual_seed(2)
+    model = GPTNeoXForCausalLM(tiny_config(vocab_size=1000, pad_token_id=PAD)).eval()
+    rows = PROMPTS + [{"prompt": "I would not have the old", "completion": " mat"}] + TEXTS
+    args = sft.Args(num_samples=5, micro_batch_size=3, response_length=6, temperature=1e-4)
+    samples = sft.sample(model, encode_all(rows, tokenizer), tokenizer, args, "cpu")
+    queries = [row["prompt"] for row in rows[:3]] + ["the cat", "so be"]  # the first two words of `text` rows
+    assert [row["query"] for row in samples] == queries
+    assert [row["reference"] for row in samples] == [row["completion"] for row in rows[:3]] + ["", ""]
+    for row in samples:
+        ids = tokenizer(row["query"], return_tensors="pt").input_ids
+        for _ in range(6):
+            token = model(ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+            if token == EOS:
+                break
+        greedy = ids[0, len(tokenizer(row["query"]).input_ids) :]
+        assert row["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_rouge_of_equal_and_of_foreign_texts():
+    """T11: equal texts have ROUGE 1, texts without a common word 0, and rows are averaged."""
+    same, other = {"reference": "a good cat", "response": "a good cat"}, {"reference": "a good cat", "response": "no"}
+    for rows, expected in (([same], 1.0), ([other], 0.0), ([same, other, other, other], 0.25)):
+        assert sft.rouge(rows) == pytest.approx({f"eval/{name}": expected for name in ("rouge1", "rouge2", "rougeL")})
+
+
+# ---- Main -------------------------------------------------------------------------------------------------
+
+
+def flat(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_main_learns_and_reports(trained):
+    """T13: the loss falls, the learning rates are the cosine's, and the folder holds what the header promises."""
+    _, folder = trained
+    for name in ("args.json", "config.json", "metrics.jsonl", "model.safetensors", "samples.jsonl", "tensorboard",
+                 "times.jsonl", "tokenizer.json", "README.md"):
+        assert (folder / name).exists(), name
+    metrics = read_metrics(folder)
+    train = [row for row in metrics if "train/loss" in row]
+    assert [row["step"] for row in train] == list(range(1, 49))  # 28 rows, 8 a step, 12 epochs: 4 steps an epoch
+    assert train[0]["train/loss"] > 6.5 and train[-1]["train/loss"] < 1.5  # ln 1024 = 6.93 at first
+    assert [row["train/lr"] for row in train] == [sft.cosine_lr(step, 48, 2, 1e-2) for step in range(48)]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["after"]["eval/loss"] < 0.5 * summary["before"]["eval/loss"]
+    assert metrics[0] == {"step": 0, **summary["before"]} and metrics[-1] == {"step": 48, **summary["after"]}
+
+
+def test_main_teaches_where_to_stop(trained, tokenizer):
+    """T3: sampled by transformers from the saved folder, every continuation ends with EOS right after "mat"."""
+    _, folder = trained
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids, mask = pad([tokenizer(f"the {who}").input_ids for who in ("cat", "dog", "man", "old cat") * 4], PAD, "left")
+    torch.manual_seed(0)
+    output = model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=12, do_sample=True,
+                            temperature=0.3, eos_token_id=EOS, pad_token_id=PAD)[:, ids.shape[1] :]
+    for response in output.tolist():
+        assert response.count(EOS) == 1
+        assert tokenizer.decode(response[: response.index(EOS)]).endswith(" mat")
+
+
+def test_main_saves_the_weights_that_it_evaluated(trained, tokenizer):
+    """T11: the saved folder, loaded by transformers alone, has the held-out loss of summary.json and tied weights."""
+    files, folder = trained
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    items = sft.load_demonstrations(files["eval_data"], "--eval_data", tokenizer, sft.Args())
+    loss = sft.evaluate_loss(model, items, tokenizer, sft.Args())["eval/loss"].item()
+    assert loss == pytest.approx(json.loads((folder / "summary.json").read_text())["after"]["eval/loss"], rel=1e-6)
+
+
+def test_main_visits_every_row_once_an_epoch_in_a_new_order(trained, tmp_path, tokenizer, monkeypatch):
+    """T18: each epoch trains on each row exactly once, another epoch in another order."""
+    seen, collate = [], sft.collate
+
+    def spy(items, *rest):
+        seen.append([item[2] for item in items])
+        return collate(items, *rest)
+
+    monkeypatch.setattr(sft, "collate", spy)
+    files, _ = trained
+    run(files, tmp_path / "run", epochs=2)
+    train = [json.loads(line) for line in open(files["train_data"])]
+    batches = [rows for rows in seen if all(row in train for row in rows)]  # the others are evaluation's
+    assert [len(rows) for rows in batches] == [8, 8, 8, 4] * 2
+    epochs = [[row for rows in batches[start : start + 4] for row in rows] for start in (0, 4)]
+    for rows in epochs:
+        assert sorted(map(str, rows)) == sorted(map(str, train))
+    assert {str(row) for row in batches[0]} != {str(row) for row in batches[4]}
+
+
+@pytest.mark.parametrize("micro_batch_size, completion_only", [(8, False), (3, True), (1, True)])
+def test_main_equals_a_plain_torch_loop(micro_batch_size, completion_only, trained, tmp_path):
+    """T12: for any micro-batch size, 4 steps end where AdamW on the mean over tokens ends, row by row without pads."""
+    files, _ = trained
+    run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size, completion_only=completion_only)
+    trained_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(files["model"])
+    start = flat(model)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
+    tokenizer = load_tokenizer(files["model"], "--model")
+    items = encode_all([json.loads(line) for line in open(files["train_data"])], tokenizer)
+    order = permutation(28, 1, 0)
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        loss, count = 0, 0
+        for ids, prompt_length, _ in (items[i] for i in order[8 * step : 8 * step + 8]):
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for t in range(prompt_length if completion_only else 1, len(ids)):
+                loss, count = loss - logprobs[t - 1, ids[t]], count + 1
+        optimizer.zero_grad()
+        (loss / count).backward()
+        row = read_metrics(tmp_path / "run")[step + 1]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        assert (row["train/loss"], row["train/grad_norm"]) == pytest.approx(((loss / count).item(), norm), rel=1e-4)
+        optimizer.step()
+    assert (flat(trained_model) - flat(model)).norm() < 1e-4 * (flat(model) - start).norm()
+
+
+def test_resume_ends_with_the_same_bits(trained, tmp_path, capsys):
+    """T43: killed and resumed from a checkpoint, a run ends with the same weights, metrics and samples."""
+    files, folder = trained
+    killed = tmp_path / "killed"
+    shutil.copytree(folder, killed)
+    shutil.rmtree(killed / "checkpoints/step_0000040")  # so that 28 steps are left to do
+    for name in ("summary.json", "model.safetensors", "config.json"):
+        (killed / name).unlink()
+    half = (killed / "metrics.jsonl").read_text()[:-40]  # killed while it wrote a row
+    (killed / "metrics.jsonl").write_text(half)
+    run(files, killed, resume=True)
+    steps = [line.split("/48")[0].strip() for line in capsys.readouterr().out.splitlines() if "/48  loss" in line]
+    assert steps == [str(step) for step in range(21, 49)]
+    for name in ("model.safetensors", "metrics.jsonl", "samples.jsonl"):
+        assert (killed / name).read_bytes() == (folder / name).read_bytes(), name
