@@ -1,12 +1,13 @@
-"""PPO: reinforcement learning from human feedback with a policy, a critic, a reward model and a frozen reference.
+"""PPO: reinforcement learning from human feedback with policy, critic, reward model and frozen reference.
 
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 7.
 `[detail N]` are its numbers, `[E N]` our own choices; docs/details.md has every one with its reason.
 
 Differs from the paper's code, and so in the numbers:
-  1. losses, whitening and metrics are masked means over all ranks and micro-batches, not per micro-batch  [E2] [E8]
-  2. policy and critic have an optimizer each; sampling stops at EOS, which changes nothing that counts    [E9] [E10]
-  3. a token is drawn with noise addressed by (seed, update, episode, position), not from a stream         [E11]
+  1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
+  2. policy and critic have an optimizer each                                                 [E9]
+  3. sampling stops at EOS, which changes nothing that counts                                 [E10]
+  4. a token's noise is addressed by (seed, update, episode, position), not drawn in turn     [E11]
 
 Run:     python ppo.py                                   the embedded task, CPU, minutes
          deepspeed ppo.py --lr 5e-7                      every GPU of this machine
@@ -15,8 +16,8 @@ Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metr
          summary.json, TensorBoard, checkpoints
 Result:  README.md (embedded task); not yet measured at the paper's scale
 
-Shapes:  B episodes of this rank, Tq query tokens (left-padded), Tr response tokens (right-padded), T = Tq + Tr,
-         V vocabulary. Response token t was sampled from the state before it; V_t is the value of that state.
+Shapes:  B episodes of this rank, Tq query tokens (left-padded), Tr response tokens (right-padded),
+         T = Tq + Tr, V vocabulary. Response token t was sampled in the state before it, whose value is V_t.
 """
 
 import time
@@ -28,10 +29,10 @@ import tyro
 from transformers import DynamicCache
 
 from utils.data import call_judge, chunks, describe, load_function, load_rows, pad, permutation
-from utils.launch import all_max, all_sum, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
-from utils.launch import print0, print_memory_plan, rank, rollout_weights, world_size
-from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_classifier, load_tokenizer
-from utils.models import save_model
+from utils.launch import all_max, all_sum, check_batch_size, create_engine, fail, finish, gather_rows
+from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rank, rollout_weights, world_size
+from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_classifier
+from utils.models import load_tokenizer, save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
 
 
@@ -41,13 +42,13 @@ class Args:
     sft_model: str = "assets/sft"
     """policy and reference start here: Hugging Face folder or Hub id"""
     reward_model: str = "assets/reward_model"
-    """scores responses, and the critic starts from it (detail 22): Hugging Face folder or Hub id, same tokenizer"""
+    """scores responses, and the critic starts from it (detail 22): folder or Hub id, same tokenizer"""
     reward_function: str | None = None
-    """module:name of a Python function (queries, responses) -> scores on texts, in place of the reward model"""
+    """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
     gold_function: str | None = "assets.vader:positive"
-    """module:name of such a function that only watches; the default judges the embedded task. None: no judge"""
+    """module:name of such a function that only watches. The default judges the embedded task; None: no judge"""
     prompts: str = "assets/data/train.jsonl"
-    """prompts to roll out: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: the SFT train split"""
+    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: the SFT train split"""
     eval_prompts: str = "assets/data/validation.jsonl"
     """held-out prompts"""
     max_prompt_length: int = 32
@@ -59,9 +60,9 @@ class Args:
     temperature: float = 0.7
     """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.7"""
     top_p: float = 1.0
-    """sample from the smallest set of tokens with this probability; log-probabilities stay unfiltered. Paper: 1.0"""
+    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. Paper: 1.0"""
     repetition_penalty: float = 1.0
-    """divide the logits of tokens seen before while sampling; log-probabilities stay unpenalised. Paper: 1.0"""
+    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. Paper: 1.0"""
     missing_eos_score: float | None = -1.0
     """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
@@ -77,7 +78,7 @@ class Args:
     num_minibatches: int = 1
     """optimizer steps per pass. Paper: 1"""
     micro_batch_size: int = 32
-    """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B), 4 (2.8B), 1 (6.9B)"""
+    """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B) to 1 (6.9B)"""
     lr: float = 5e-4
     """learning rate of the policy, falling linearly to 0. Paper: 3e-6"""
     critic_lr: float = 5e-4
@@ -105,7 +106,7 @@ class Args:
 
     # evaluation
     eval_every: int = 10
-    """updates between evaluations on held-out prompts (there is one before the first and after the last). Paper: 1"""
+    """updates between evaluations on held-out prompts; one comes before the first, one after the last. Paper: 1"""
     num_eval_prompts: int = 500
     """held-out prompts, each continued with the same noise every time"""
 
@@ -154,10 +155,10 @@ def load_prompts(path, flag, tokenizer, args):
     return kept
 
 
-def prompt_of_episode(episode, num_prompts, seed):
-    """Index of the prompt of the n-th episode ever: the prompts in an order that is new on every pass [detail 21]."""
-    epoch, position = divmod(episode, num_prompts)
-    return permutation(num_prompts, seed, epoch)[position]
+def prompts_of_episodes(episodes, num_prompts, seed):
+    """Index of the prompt of each n-th episode ever: all prompts, in a new order on every pass [detail 21]."""
+    orders = {epoch: permutation(num_prompts, seed, epoch) for epoch in {n // num_prompts for n in episodes}}
+    return [orders[n // num_prompts][n % num_prompts] for n in episodes]
 
 
 def sampling_noise(seed, update, episodes, length):
@@ -172,9 +173,9 @@ def sampling_noise(seed, update, episodes, length):
 
 
 class ScalarModel(torch.nn.Module):
-    """One number per token from AutoModelForSequenceClassification: its `score` head on every last hidden state.
+    """One number per token from AutoModelForSequenceClassification: its `score` head on every hidden state.
 
-    forward(ids (B, T), mask (B, T) bool) -> (B, T) fp32, less the constant `reward_mean` of the config [detail 15].
+    forward(ids (B, T), mask (B, T) bool) -> (B, T) fp32, less the config's constant `reward_mean` [detail 15].
     As reward model it is read at the last token, as critic at every token.
     """
 
@@ -186,16 +187,16 @@ class ScalarModel(torch.nn.Module):
     def forward(self, ids, mask):
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
         hidden = self.classifier.base_model(  # [detail 11] the last hidden state, after the final layer norm
-            input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
-        ).last_hidden_state  # (B, T, d)
+            input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
+            use_cache=False).last_hidden_state  # (B, T, d)
         return self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
 
 
 def response_logits(model, ids, mask, response_width, temperature, forbidden):
-    """Logits (B, response_width, V) in fp32 that the response tokens, the last columns of ids (B, T), were drawn from.
+    """Logits (B, response_width, V) in fp32 that the response, the last columns of ids (B, T), was drawn from.
 
-    Token t is predicted one position before it, hence the window shifted by one [detail 28]. Logits are divided by
-    the sampling temperature [detail 27]; tokens that are never sampled get no probability [E12].
+    Token t is predicted one position before it, hence the window shifted by one [detail 28]. Logits are divided
+    by the sampling temperature [detail 27]; tokens that are never sampled get no probability [E12].
     """
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
     ids = torch.where(mask, ids, 0)  # [detail 3] PAD is never embedded
@@ -205,19 +206,22 @@ def response_logits(model, ids, mask, response_width, temperature, forbidden):
 
 
 def scale_logits(logits, temperature, forbidden):
-    """Logits of the sampling distribution (before top-p and repetition penalty), in fp32. forbidden: (V,) bool."""
-    return (logits.float() / (temperature + 1e-7)).masked_fill(forbidden, torch.finfo(torch.float32).min)  # [detail 26]
+    """Logits of the sampling distribution, before top-p and repetition penalty, in fp32. forbidden: (V,) bool."""
+    logits = logits.float() / (temperature + 1e-7)  # [detail 26]
+    return logits.masked_fill(forbidden, torch.finfo(torch.float32).min)
 
 
 # ---- Algorithm: sampling ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate(model, queries, query_mask, noise, temperature, top_p, repetition_penalty, forbidden, eos_ids, pad_id):
+def generate(
+    model, queries, query_mask, noise, temperature, top_p, repetition_penalty, forbidden, eos_ids, pad_id
+):
     """Sample a response to each query until EOS, or until the noise ends.
 
     queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms. Returns responses (B, Tr), PAD after EOS.
-    Ended rows are dropped from the batch [E10]; the paper goes on sampling and masks what follows [detail 23].
+    Ended rows leave the batch [E10]; the paper goes on sampling and masks what follows [detail 23].
     The model's stored generation config is never read.
     """
     responses = torch.full(noise.shape, pad_id, device=queries.device)  # (B, Tr)
@@ -225,11 +229,11 @@ def generate(model, queries, query_mask, noise, temperature, top_p, repetition_p
     cache = DynamicCache(config=model.config)
     mask = query_mask
     ids, position_ids = torch.where(mask, queries, 0), (mask.long().cumsum(-1) - 1).clamp(min=0)
-    seen = torch.zeros(len(queries), len(forbidden), device=queries.device)  # (B, V) counts, for the repetition penalty
+    seen = torch.zeros(len(queries), len(forbidden), device=queries.device)  # (B, V), for the repetition penalty
     seen.scatter_add_(1, ids, mask.float())
     for t in range(noise.shape[1]):
-        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1].float()  # (alive, V)
+        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, logits_to_keep=1,
+                       past_key_values=cache, use_cache=True).logits[:, -1].float()  # (alive, V)
         if repetition_penalty != 1.0:
             penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = torch.where(seen > 0, penalised, logits)
@@ -251,7 +255,7 @@ def generate(model, queries, query_mask, noise, temperature, top_p, repetition_p
 
 
 def inverse_cdf(logits, uniforms):
-    """The token at which the cumulative probability first exceeds u: logits (B, V), uniforms (B,) in [0, 1) -> (B,)."""
+    """The token at which the cumulative probability first exceeds u. logits (B, V), uniforms (B,) -> (B,)."""
     cdf = logits.double().softmax(-1).cumsum(-1)  # (B, V)
     return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
 
@@ -292,7 +296,7 @@ def at_last_token(values, mask):
 def response_masks(lengths, width):
     """mask (B, Tr): t <= e, tokens that count [detail 30]; value_mask (B, Tr): t <= e + 1 [detail 31].
 
-    e is the index of the last kept token. The state after EOS is a state too: it has a value, and the score lands there.
+    e is the index of the last kept token. The state after EOS counts as well: the score lands there.
     """
     t = torch.arange(width, device=lengths.device)
     return t < lengths[:, None], t < lengths[:, None] + 1
@@ -309,41 +313,41 @@ def token_entropies(logits):
 
 
 def k1(logprobs, ref_logprobs):
-    """KL estimate log pi - log ref of each token: unbiased, may be negative [detail 32]. (B, Tr) -> (B, Tr)."""
+    """KL estimate log pi - log ref of each token: unbiased, may be negative [detail 32]. All (B, Tr)."""
     return logprobs - ref_logprobs
 
 
 def k3(logprobs, ref_logprobs):
-    """KL estimate ref/pi - 1 - log(ref/pi): unbiased too, never negative (Schulman 2020). (B, Tr) -> (B, Tr)."""
+    """KL estimate ref/pi - 1 - log(ref/pi): unbiased too, never negative (Schulman 2020). All (B, Tr)."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
 
 def token_rewards(kl, scores, lengths, kl_coef):
-    """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each [detail 32] [detail 33] -> (B, Tr).
+    """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each -> (B, Tr).
 
-    That index is e + 1, one step after EOS, or e where the response fills the last column. No token is chosen there:
-    it teaches the critic, and reaches the policy through the advantages of the tokens before it.
+    That index is e + 1, one step after EOS, or e where the response fills the last column. No token is chosen at
+    e + 1: the score teaches the critic there, and reaches the policy through the advantages before it.
     """
-    rewards = -kl_coef * kl
-    score_index = torch.where(lengths < kl.shape[1], lengths, lengths - 1)  # lengths = e + 1
+    rewards = -kl_coef * kl  # [detail 32]
+    score_index = torch.where(lengths < kl.shape[1], lengths, lengths - 1)  # [detail 33] lengths = e + 1
     rewards[torch.arange(len(kl), device=kl.device), score_index] += scores
     return rewards
 
 
 def masked_mean(values, mask):
-    """Mean of values where mask is True, over all ranks [E8]. Every rank must call it. (B, Tr), (B, Tr) -> scalar."""
+    """Mean of values (B, Tr) where mask (B, Tr) is True, over all ranks [E8]. Every rank must call it."""
     total, count = all_sum(torch.stack([(values * mask).sum(), mask.sum().float()]))
     return total / count
 
 
 def masked_whiten(values, mask, shift_mean=True):
-    """(values - mean) / sqrt(biased variance + 1e-8) over the mask and all ranks; 0 elsewhere [detail 24] [detail 25] [detail 37].
+    """(values - mean) / sqrt(variance + 1e-8) over mask (B, Tr) and all ranks, 0 elsewhere [detail 37].
 
-    shift_mean=False adds the mean back.
+    Advantages lose their mean [detail 25]; rewards keep it (shift_mean=False) [detail 24].
     """
     mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)
+    variance = masked_mean((values - mean) ** 2, mask)  # biased: divided by the count
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean) * mask
 
@@ -366,7 +370,7 @@ def gae(rewards, values, gamma, lam):
 
 
 def policy_losses(new_logprobs, logprobs, advantages, cliprange):
-    """PPO's clipped surrogate of each token, and the share that is clipped [detail 38]. (B, Tr) each -> two (B, Tr)."""
+    """PPO's clipped surrogate loss of each token, and where it is clipped [detail 38]. All (B, Tr)."""
     ratio = torch.exp(new_logprobs - logprobs)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
@@ -374,7 +378,7 @@ def policy_losses(new_logprobs, logprobs, advantages, cliprange):
 
 
 def value_losses(new_values, values, returns, cliprange_value):
-    """Half the squared error of each value, clipped around the rollout's value, and the share clipped [detail 39]."""
+    """Half the squared error, clipped around the rollout's value, and where it is clipped [detail 39]. (B, Tr)."""
     clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (clipped_values - returns) ** 2
     return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
@@ -384,21 +388,22 @@ def value_losses(new_values, values, returns, cliprange_value):
 
 
 def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device):
-    """Queries (B, Tq) and their mask, truncated responses (B, Tr), lengths (B,), ended (B,) for (ids, text) prompts."""
+    """Queries (B, Tq), their mask, responses (B, Tr), lengths (B,), ended (B,) for prompts of (ids, text)."""
     queries, query_mask = pad([ids for ids, _ in prompts], tokenizer.pad_token_id, "left", device)  # [detail 5]
     responses = torch.empty(noise.shape, dtype=torch.long, device=device)
     noise = noise.to(device)
-    for rows in chunks(sorted(range(len(prompts)), key=lambda i: len(prompts[i][0])), args.rollout_batch_size):
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+    for rows in chunks(by_length, args.rollout_batch_size):
         width = len(prompts[rows[-1]][0])  # like lengths are decoded together, cut to their longest
         responses[rows] = generate(
-            model, queries[rows, -width:], query_mask[rows, -width:], noise[rows], args.temperature, args.top_p,
-            args.repetition_penalty, forbidden, eos_ids, tokenizer.pad_token_id)
+            model, queries[rows, -width:], query_mask[rows, -width:], noise[rows], args.temperature,
+            args.top_p, args.repetition_penalty, forbidden, eos_ids, tokenizer.pad_token_id)
     return queries, query_mask, *truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
 
 
 @torch.no_grad()
 def score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args):
-    """Score of each response (B,): the reward model's at the last token, or a Python function's on the texts."""
+    """Score of each response (B,): the reward model's at the last token, or a Python function's of the texts."""
     if reward_function:
         scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=queries.device)
     else:
@@ -411,7 +416,7 @@ def score_responses(reward_model, reward_function, queries, query_mask, response
 
 
 def cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
-    """Micro-batch of rows without the columns that are padding in all of them [E20]: ids, mask (b, T), response width."""
+    """Some rows without the columns that are padding in all of them [E20]: ids, mask (b, T), response width."""
     tq, tr = max(query_lengths[i] for i in rows), max(response_lengths[i] for i in rows)
     ids = torch.cat([queries[rows, -tq:], responses[rows, :tr]], dim=1)
     return ids, torch.cat([query_mask[rows, -tq:], mask[rows, :tr]], dim=1), tr
@@ -422,18 +427,15 @@ def cut(rows, queries, query_mask, responses, mask, query_lengths, response_leng
 
 def main(args: Args):
     # 1. ranks, data, models
-    share = world_size() * args.num_minibatches
-    if args.batch_size % share or args.total_episodes < args.batch_size:
-        lower = args.batch_size // share * share
-        fail(f"--batch_size {args.batch_size} must divide by {world_size()} ranks x {args.num_minibatches} minibatches "
-             f"and not exceed --total_episodes {args.total_episodes}; batch sizes that divide: "
-             f"{', '.join(str(size) for size in (lower, lower + share) if size)}")
+    check_batch_size(args.batch_size, args.num_minibatches, args.total_episodes)
+    if not (0 < args.top_p <= 1 and args.temperature > 0):
+        fail(f"--top_p {args.top_p} must be above 0 and at most 1, --temperature {args.temperature} above 0")
     device = init_distributed(args.timeout_minutes)
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
     prompts = load_prompts(args.prompts, "--prompts", tokenizer, args)
     eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
-    gold_function = load_function(args.gold_function, "--gold_function") if args.gold_function else None
-    reward_function = load_function(args.reward_function, "--reward_function") if args.reward_function else None
+    gold_function = load_function(args.gold_function, "--gold_function")
+    reward_function = load_function(args.reward_function, "--reward_function")
     policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # [detail 7] all four without dropout
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device).eval()
     check_length(policy, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
@@ -442,32 +444,37 @@ def main(args: Args):
         torch.nn.init.zeros_(classifier.score.weight)
     else:
         if load_tokenizer(args.reward_model, "--reward_model").get_vocab() != tokenizer.get_vocab():
-            fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model {args.sft_model}. "
-                 "Train a reward model from this SFT model with reward_model.py")
+            fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model "
+                 f"{args.sft_model}. Train a reward model from this SFT model with reward_model.py")
         classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)
         reward_model = load_classifier(args.reward_model, "--reward_model", tokenizer, args.bf16)
         reward_model = ScalarModel(reward_model).to(device).eval()
-    critic = ScalarModel(classifier)  # [detail 22] a model of its own, started from the reward model, constant and all
-    spare = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device) if args.zero_stage == 3 else None
+    critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
+    spare = None if args.zero_stage < 3 else load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
     engines = {}
-    for name, model, lr in (("policy", policy, args.lr), ("critic", critic, args.critic_lr)):  # [E9] an optimizer each
-        if args.gradient_checkpointing:
-            getattr(model, "classifier", model).gradient_checkpointing_enable()
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+        classifier.gradient_checkpointing_enable()
+    for name, model in (("policy", policy), ("critic", critic)):  # [E9] an optimizer each
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
-            model.to(device).parameters(), lr=lr, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
+            model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
         engines[name] = create_engine(model, optimizer, args)
     pad_id, eos_ids = tokenizer.pad_token_id, torch.tensor(eos_token_ids(policy, tokenizer), device=device)
     vocabulary = torch.arange(policy.get_output_embeddings().weight.shape[0], device=device)
     forbidden = (vocabulary >= len(tokenizer)) | (vocabulary == pad_id)  # [E12] rows without a token, and PAD
 
+    for function, flag in ((gold_function, "--gold_function"), (reward_function, "--reward_function")):
+        if function:
+            call_judge(function, flag, [prompts[0][1]] * 2, [" a", " b"])  # a trial, before anything is written
+
     # 2. output folder, resume
     folder = open_run(args, "ppo")
     state = (load_checkpoint(folder, engines) if args.resume else None) or {"step": 0, "best": float("-inf")}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
-    print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} parameters, "
-           f"{world_size()} rank(s) on {device.type}")
-    print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs each; "
-           f"writes {folder}")
+    print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} "
+           f"parameters, {world_size()} rank(s) on {device.type}")
+    print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs "
+           f"each; writes {folder}")
     print_memory_plan(args, count_parameters(policy) + count_parameters(critic), sum(
         count_parameters(model) for model in (ref_policy, reward_model, spare) if model))
     if args.lr <= 1e-6 and count_parameters(policy) < 1e8:
@@ -491,18 +498,17 @@ def main(args: Args):
                             args.temperature, forbidden), responses[rows]) for model in (decoder, ref_policy))
             kl[rows] = k1(new, ref) * mask[rows]
         texts = [eval_prompts[i][1] for i in mine], tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
-        golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else [float("nan")] * len(mine)
-        samples = gather_rows([
-            {"query": query, "response": response, "score": score, "gold": gold, "kl": sequence_kl, "length": length,
-             "ended": end, "start": start} for query, response, score, gold, sequence_kl, length, end, start in zip(
-                *texts, scores.tolist(), golds, kl.sum(1).tolist(), lengths.tolist(), ended.tolist(),
-                responses[:, :4].tolist())])
-        metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples]))
-                   for name in ("score", "gold", "kl", "length", "ended") if name != "gold" or gold_function}
-        # few different first four tokens: the policy says the same thing everywhere
-        metrics["eval/distinct_starts"] = len({tuple(row.pop("start")) for row in samples}) / len(samples)
+        scores = score_responses(
+            reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
+        columns = {"query": texts[0], "response": texts[1], "score": scores.tolist(), "kl": kl.sum(1).tolist(),
+                   "length": lengths.tolist(), "ended": ended.tolist()}
+        if gold_function:
+            columns["gold"] = call_judge(gold_function, "--gold_function", *texts)
+        samples = gather_rows(dict(zip(columns, row)) for row in zip(*columns.values()))
+        starts = gather_rows(tuple(row) for row in responses[:, :4].tolist())
+        metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples])) for name in list(columns)[2:]}
         metrics["eval/rlhf_reward"] = metrics["eval/score"] - args.kl_coef * metrics["eval/kl"]
+        metrics["eval/distinct_starts"] = len(set(starts)) / len(starts)  # low: it says the same thing everywhere
         tracker.samples(update, samples)
         tracker.log(update, metrics)
         gold = f"  gold {metrics['eval/gold']:.3f}" if gold_function else ""
@@ -522,7 +528,7 @@ def main(args: Args):
         # 3. rollout: this rank's episodes of the update
         first = (update - 1) * args.batch_size
         episodes = range(first + rank(), first + args.batch_size, world_size())
-        batch_prompts = [prompts[prompt_of_episode(n, len(prompts), args.seed)] for n in episodes]
+        batch_prompts = [prompts[i] for i in prompts_of_episodes(episodes, len(prompts), args.seed)]
         noise = sampling_noise(args.seed, update, episodes, args.response_length)
         decoder = rollout_weights(engines["policy"], spare).eval()
         queries, query_mask, responses, lengths, ended = rollout(
@@ -534,29 +540,31 @@ def main(args: Args):
         clock.append(time.time())
 
         # 4. scores
-        scores = score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
+        scores = score_responses(
+            reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
         golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else []
 
-        # 5. micro-batches of every epoch, then log-probabilities and values by exactly the forwards of the first one
+        # 5. micro-batches of every epoch; log-probabilities and values by exactly the first epoch's forwards
         plan = []  # [epoch][minibatch][micro-batch] -> rows of this rank
         for epoch in range(args.num_ppo_epochs):
-            order = permutation(len(episodes), args.seed, update, rank(), epoch)  # [detail 41] a fresh one each epoch
+            order = permutation(len(episodes), args.seed, update, rank(), epoch)  # [detail 41] new in each epoch
             minibatches = chunks(order, len(episodes) // args.num_minibatches)
             for rows in minibatches:  # like lengths share a micro-batch; the minibatch's gradient is the same
                 rows.sort(key=lambda i: query_lengths[i] + response_lengths[i])
             plan.append([chunks(rows, args.micro_batch_size) for rows in minibatches])
-        logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr) each
+        logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr)
         for rows in (rows for minibatch in plan[0] for rows in minibatch):
-            ids, whole_mask, tr = cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+            ids, mb_mask, tr = cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
             with torch.no_grad():
-                logits = response_logits(engines["policy"], ids, whole_mask, tr, args.temperature, forbidden)
-                ref_logits = response_logits(ref_policy, ids, whole_mask, tr, args.temperature, forbidden)
-                new_values = engines["critic"](ids, whole_mask)[:, -tr - 1 :][:, : args.response_length]
+                logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
+                ref_logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
+                mb_values = engines["critic"](ids, mb_mask)[:, -tr - 1 :][:, : args.response_length]
             logprobs[rows, :tr] = token_logprobs(logits, responses[rows, :tr])
             ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
             entropies[rows, :tr] = token_entropies(logits)
-            values[rows, : new_values.shape[1]] = new_values  # [detail 28] V_t is read before token t
-        logprobs, ref_logprobs, values = logprobs * mask, ref_logprobs * mask, values * value_mask  # [detail 30] [detail 31] [E15]
+            values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
+        logprobs, ref_logprobs = logprobs * mask, ref_logprobs * mask  # [detail 30] [E15]
+        values = values * value_mask  # [detail 31]
         clock.append(time.time())
 
         # 6. rewards and advantages
@@ -566,8 +574,9 @@ def main(args: Args):
             rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 24] [detail 35]
         advantages, returns = gae(rewards, values, args.gamma, args.lam)  # [detail 36] returns before whitening
         advantages = masked_whiten(advantages, mask)  # [detail 25] [detail 37]
+        saved_on_failure = {"queries": queries, "responses": responses}
         stop_if_not_finite({"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
-                           {"queries": queries, "responses": responses}, folder, update)
+                           saved_on_failure, folder, update)
 
         # 7. update: epochs x minibatches optimizer steps
         sums = torch.zeros(7, device=device)  # over counted tokens, then divided by their number on all ranks
@@ -575,8 +584,8 @@ def main(args: Args):
         ratio_max = torch.zeros((), device=device)
         for epoch in range(args.num_ppo_epochs):
             for m, minibatch in enumerate(plan[epoch]):
-                minibatch_rows = [i for rows in minibatch for i in rows]
-                counts = all_sum(torch.stack([mask[minibatch_rows].sum(), value_mask[minibatch_rows].sum()]).float())
+                members = [i for rows in minibatch for i in rows]
+                counts = all_sum(torch.stack([mask[members].sum(), value_mask[members].sum()]).float())
                 counted += counts
                 drift = torch.zeros((), device=device)
                 for rows in minibatch:
@@ -608,42 +617,47 @@ def main(args: Args):
                     drift = float(all_max(drift))
                     if drift > 1e-4 and args.bf16:
                         print0(f"warning: update {update}: first log ratio off by {drift:.1e} (bf16 rounding)")
-                    elif drift > 1e-4:
-                        fail(f"update {update}: the policy's log-probabilities moved by {drift:.1e} before any training. "
-                             "Rollout and update disagree: dropout, temperature, padding or the model's forward")
-                grad_norms += torch.stack([optimizer_step(engines["policy"], lr), optimizer_step(engines["critic"], critic_lr)])
+                    elif not drift <= 1e-4:
+                        fail(f"update {update}: log-probabilities moved by {drift:.1e} before any training. Scoring "
+                             "and update disagree: dropout, temperature, padding or the model's forward")
+                grad_norms[0] += optimizer_step(engines["policy"], lr)
+                grad_norms[1] += optimizer_step(engines["critic"], critic_lr)
         clock.append(time.time())
 
         # 8. log: masked means over counted tokens or over episodes, on all ranks [E8]
         episode_sums = all_sum(torch.stack([x.sum() for x in (
-            scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(), torch.tensor(golds, device=device))]))
+            scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(),
+            torch.tensor(golds, device=device))]))
         score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
         sums = all_sum(sums)
         pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (sums[:5] / counted[0]).tolist()
         vf_loss, vf_clipfrac = (sums[5:] / counted[1]).tolist()
         steps = args.num_ppo_epochs * args.num_minibatches
-        return_mean = masked_mean(returns, value_mask)
-        unexplained = masked_mean((returns - values - masked_mean(returns - values, value_mask)) ** 2, value_mask)
+        residual = returns - values
+        unexplained = masked_mean((residual - masked_mean(residual, value_mask)) ** 2, value_mask)
+        variance = masked_mean((returns - masked_mean(returns, value_mask)) ** 2, value_mask)
         metrics = {
-            "objective/scores": score, "objective/kl": mean_kl, "objective/kl_k3": mean_k3, "objective/entropy": entropy,
-            "objective/non_score_reward": -args.kl_coef * mean_kl, "objective/rlhf_reward": score - args.kl_coef * mean_kl,
-            **({"objective/gold": gold} if gold_function else {}),
+            "objective/scores": score, "objective/kl": mean_kl, "objective/kl_k3": mean_k3,
+            "objective/entropy": entropy, "objective/non_score_reward": -args.kl_coef * mean_kl,
+            "objective/rlhf_reward": score - args.kl_coef * mean_kl,
             "policy/entropy_avg": masked_mean(entropies, mask), "policy/approxkl_avg": approx_kl,
-            "policy/clipfrac_avg": pg_clipfrac, "loss/policy_avg": pg_loss, "loss/value_avg": vf_loss,
-            "val/clipfrac_avg": vf_clipfrac, "val/ratio": ratio, "val/ratio_var": ratio_square - ratio**2,
-            "val/ratio_max": all_max(ratio_max),
-            "val/explained_variance": 1 - unexplained / masked_mean((returns - return_mean) ** 2, value_mask),
-            "val/length": length, "val/ended": share_ended, "policy/grad_norm": grad_norms[0] / steps,
-            "val/grad_norm": grad_norms[1] / steps, "lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
-        stop_if_not_finite(metrics, {"queries": queries, "responses": responses}, folder, update)
+            "policy/clipfrac_avg": pg_clipfrac, "policy/grad_norm": grad_norms[0] / steps,
+            "loss/policy_avg": pg_loss, "loss/value_avg": vf_loss,
+            "val/clipfrac_avg": vf_clipfrac, "val/grad_norm": grad_norms[1] / steps,
+            "val/ratio": ratio, "val/ratio_var": ratio_square - ratio**2, "val/ratio_max": all_max(ratio_max),
+            "val/explained_variance": 1 - unexplained / variance.clamp(min=1e-8), "val/length": length, "val/ended": share_ended,
+            "lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
+        if gold_function:
+            metrics["objective/gold"] = gold
+        stop_if_not_finite(metrics, saved_on_failure, folder, update)
         seconds = dict(zip(("generate", "score", "train"), np.diff(clock)))
         tracker.log(update, metrics | {f"time/{name}_seconds": value for name, value in seconds.items()} | {
             "time/generate_tokens_per_second": length * args.batch_size / seconds["generate"]})
-        tracker.line(update, args.num_updates, score=(score, "6.3f"), **({"gold": (gold, ".3f")} if gold_function else {}),
+        tracker.line(update, args.num_updates, score=(score, "6.3f"), gold=(metrics.get("objective/gold"), ".3f"),
                      kl=(mean_kl, "6.2f"), length=(length, "4.1f"), ended=(share_ended, ".2f"),
                      entropy=(float(metrics["policy/entropy_avg"]), ".2f"))
         if mean_kl > 40:
-            print0("warning: KL above 40 nats. In the paper, runs beyond it had the best scores and the worst texts")
+            print0("warning: KL above 40 nats. In the paper such runs had the best scores and the worst texts")
 
         # 9. evaluate, keep the best, save
         if update % args.eval_every == 0 or update == args.num_updates:
@@ -652,13 +666,14 @@ def main(args: Args):
                 state["best"] = after["eval/rlhf_reward"]
                 save_model(engines["policy"], policy, tokenizer, folder / "best")
         if update % args.save_every == 0 and update < args.num_updates:
-            save_checkpoint(folder, update, engines, {key: state[key] for key in ("best", "before", "samples_before")})
+            save_checkpoint(folder, update, engines, state)
 
     # 10. save, show samples before and after
     save_model(engines["policy"], policy, tokenizer, folder)
     save_model(engines["critic"], critic.classifier, tokenizer, folder / "critic")
     model_card(folder, "ppo.py", args.sft_model, args.prompts, [
-        f"Held-out score {state['before']['eval/score']:.3f} -> {after['eval/score']:.3f}, KL {after['eval/kl']:.2f}."])
+        f"Held-out score {state['before']['eval/score']:.3f} -> {after['eval/score']:.3f}, "
+        f"KL {after['eval/kl']:.2f}."])
     side_by_side = [{"query": row["query"], "before": before, "after": row["response"], "score": row["score"]}
                     for row, before in zip(samples, state["samples_before"])]
     tracker.close({"before": state["before"], "after": after, "best_rlhf_reward": state["best"],

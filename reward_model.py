@@ -22,6 +22,7 @@ Shapes:  B pairs of this micro-batch, T tokens
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
+from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
 from utils.launch import print0, print_memory_plan, world_size
-from utils.models import count_parameters, load_classifier, load_tokenizer, save_model
+from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
 
 
@@ -135,9 +136,9 @@ def load_demonstrations(path, flag, tokenizer, args):
 
 
 class ScalarModel(torch.nn.Module):
-    """One number per token from AutoModelForSequenceClassification: its `score` head on every last hidden state.
+    """One number per token from AutoModelForSequenceClassification: its `score` head on every hidden state.
 
-    forward(ids (B, T), mask (B, T) bool) -> (B, T) fp32, less the constant `reward_mean` of the config [detail 15].
+    forward(ids (B, T), mask (B, T) bool) -> (B, T) fp32, less the config's constant `reward_mean` [detail 15].
     As reward model it is read at the last token, as critic at every token.
     """
 
@@ -149,8 +150,8 @@ class ScalarModel(torch.nn.Module):
     def forward(self, ids, mask):
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
         hidden = self.classifier.base_model(  # [detail 11] the last hidden state, after the final layer norm
-            input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
-        ).last_hidden_state  # (B, T, d)
+            input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
+            use_cache=False).last_hidden_state  # (B, T, d)
         return self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
 
 
@@ -230,16 +231,18 @@ def evaluate(engine, pairs, tokenizer, args):
     chosen_scores, rejected_scores = score(chosen), score(rejected)
     correct = accuracy(chosen_scores, rejected_scores)
     distinct = sorted(set(prompts))
-    other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never the pair's own prompt, unless there is only one
-    shuffled = accuracy(score([encode(other[row["prompt"]], row["chosen"], tokenizer) for row in rows]),
-                        score([encode(other[row["prompt"]], row["rejected"], tokenizer) for row in rows]))
-    lengths = [len(ids) for ids in chosen + rejected]
+    other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never a pair's own prompt, unless there is only one
+    strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")] for row in rows]
+    strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length] or [pair[:2] for pair in pairs]
+    shuffled = accuracy(*(score(sequences) for sequences in zip(*strangers)))
+    lengths, all_scores = [len(ids) for ids in chosen + rejected], chosen_scores + rejected_scores
+    varied = len(set(lengths)) > 1 and len(set(all_scores)) > 1  # else there is no correlation
     low, high = clustered_interval(correct, prompts)
     metrics = {
         "accuracy": correct.mean(), "accuracy_low": low, "accuracy_high": high,
         "longer_wins": accuracy([len(ids) for ids in chosen], [len(ids) for ids in rejected]).mean(),
         "shuffled_prompts": shuffled.mean(),
-        "score_length_correlation": np.corrcoef(lengths, chosen_scores + rejected_scores)[0, 1],
+        "score_length_correlation": np.corrcoef(lengths, all_scores)[0, 1] if varied else 0.0,
         "chosen_rewards": np.mean(chosen_scores), "rejected_rewards": np.mean(rejected_scores)}
     samples = [{"query": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "chosen_score": good,
                 "rejected_score": bad} for row, good, bad in zip(rows, chosen_scores, rejected_scores)]
@@ -251,16 +254,14 @@ def evaluate(engine, pairs, tokenizer, args):
 
 def main(args: Args):
     # 1. ranks, data, model
-    if args.batch_size % world_size():
-        lower = args.batch_size // world_size() * world_size()
-        fail(f"--batch_size {args.batch_size} does not divide by {world_size()} ranks; "
-             f"{' or '.join(str(size) for size in (lower, lower + world_size()) if size)} would")
+    check_batch_size(args.batch_size)
     device = init_distributed(args.timeout_minutes)
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_pairs(args.train_data, "--train_data", tokenizer, args)
     held_out = {path: load_pairs(path, "--eval_data", tokenizer, args) for path in args.eval_data}
     demonstrations = load_demonstrations(args.demonstrations, "--demonstrations", tokenizer, args)
     model = load_classifier(args.model, "--model", tokenizer)  # [detail 7] without dropout
+    check_length(model, args.max_length, "--max_length")
     model.config.reward_mean = 0.0
     init_head(model, args.seed)
     if args.gradient_checkpointing:
@@ -271,6 +272,8 @@ def main(args: Args):
     engine = create_engine(scalar_model, optimizer, args)
 
     # 2. output folder, schedule, resume
+    if args.epochs < 1:
+        fail(f"--epochs {args.epochs}: at least 1")
     folder = open_run(args, "reward_model")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
     total_steps = args.epochs * steps_per_epoch
@@ -282,10 +285,14 @@ def main(args: Args):
     print_memory_plan(args, count_parameters(model))
     show_example(tokenizer, train[0][0], [i == len(train[0][0]) - 1 for i in range(len(train[0][0]))])
 
+    names = {path: Path(path).stem for path in held_out}
+    if len(set(names.values())) < len(names):  # files of one name in several folders
+        names = {path: path.replace("/", "_") for path in held_out}
+
     def evaluate_all(step):
         metrics, samples = {}, []
         for path, pairs in held_out.items():
-            name = path.rstrip("/").split("/")[-1].split(".")[0]
+            name = names[path]
             figures, rows = evaluate(engine, pairs, tokenizer, args)
             metrics |= {f"eval/{name}/{key}": value for key, value in figures.items()}
             samples += rows[:10]
@@ -318,13 +325,13 @@ def main(args: Args):
                                 ).detach()
         lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
+        stop_if_not_finite({"train/loss": sums, "train/grad_norm": grad_norm}, {"rows": [pair[2] for pair in batch]},
+                           folder, step)
         tokens += sum(len(pair[0]) + len(pair[1]) for pair in batch)
 
         # 4. log, evaluate, save
         if step % args.log_every == 0 or step == total_steps:
             loss, correct, chosen_mean, rejected_mean = all_sum(sums) / len(batch)
-            stop_if_not_finite({"train/loss": loss, "train/grad_norm": grad_norm}, {"rows": [b[2] for b in batch]},
-                               folder, step)
             rate = tokens / (time.time() - clock)
             clock, tokens = time.time(), 0
             tracker.log(step, {"train/loss": loss, "train/accuracy": correct, "train/chosen_rewards": chosen_mean,

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
+from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
 from utils.launch import print0, print_memory_plan, rollout_weights, world_size
-from utils.models import count_parameters, eos_token_ids, load_causal_lm, load_tokenizer, save_model
+from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_tokenizer, save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
 
 
@@ -108,7 +108,7 @@ class Args:
 
 def encode_demonstration(row, tokenizer):
     """Token ids of one demonstration, EOS last, and the number of prompt tokens in front (0 for `text` rows)."""
-    if "prompt" in row:
+    if "completion" in row:
         prompt = tokenizer(row["prompt"]).input_ids
         completion = tokenizer(row["completion"], add_special_tokens=False).input_ids  # [E1] joined as ids
     else:
@@ -196,15 +196,18 @@ def sample(model, items, tokenizer, args, device):
     torch.manual_seed(args.seed)
     rows = []
     for micro in chunks(items[: args.num_samples], args.micro_batch_size):
-        prompts = [item[2].get("prompt") or " ".join(item[2]["text"].split()[:2]) for item in micro]
-        ids, mask = pad([tokenizer(prompt).input_ids for prompt in prompts], tokenizer.pad_token_id, "left", device)
+        rows_in = [item[2] for item in micro]
+        prompts = [row["prompt"] if "completion" in row else " ".join(row["text"].split()[:2]) for row in rows_in]
+        sequences = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
+        ids, mask = pad(sequences, tokenizer.pad_token_id, "left", device)
         output = model.generate(
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), max_new_tokens=args.response_length,
-            do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
+            do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
             eos_token_id=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
         )[:, ids.shape[1] :]
-        for item, prompt, response in zip(micro, prompts, tokenizer.batch_decode(output, skip_special_tokens=True)):
-            rows.append({"query": prompt, "response": response, "reference": item[2].get("completion", "")})
+        responses = tokenizer.batch_decode(output, skip_special_tokens=True)
+        rows += [{"query": prompt, "response": response, "reference": row.get("completion", "")}
+                 for row, prompt, response in zip(rows_in, prompts, responses)]
     return rows
 
 
@@ -223,16 +226,14 @@ def rouge(rows):
 
 def main(args: Args):
     # 1. ranks, data, model
-    if args.batch_size % world_size():
-        lower = args.batch_size // world_size() * world_size()
-        fail(f"--batch_size {args.batch_size} does not divide by {world_size()} ranks; "
-             f"{' or '.join(str(size) for size in (lower, lower + world_size()) if size)} would")
+    check_batch_size(args.batch_size)
     device = init_distributed(args.timeout_minutes)
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_demonstrations(args.train_data, "--train_data", tokenizer, args)
     held_out = load_demonstrations(args.eval_data, "--eval_data", tokenizer, args)
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
     spare = load_causal_lm(args.model, "--model", tokenizer, args.bf16).to(device) if args.zero_stage == 3 else None
+    check_length(model, args.max_length, "--max_length")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(device)
@@ -241,6 +242,8 @@ def main(args: Args):
     engine = create_engine(model, optimizer, args)
 
     # 2. output folder, schedule, resume
+    if args.epochs < 1:
+        fail(f"--epochs {args.epochs}: at least 1")
     folder = open_run(args, "sft")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
     total_steps = args.epochs * steps_per_epoch
@@ -286,13 +289,13 @@ def main(args: Args):
             loss_sum += micro_loss.detach()
         lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
+        stop_if_not_finite({"train/loss": loss_sum, "train/grad_norm": grad_norm}, {"rows": [item[2] for item in batch]},
+                           folder, step)
         tokens += count
 
         # 4. log, evaluate, save
         if step % args.log_every == 0 or step == total_steps:
             loss = all_sum(loss_sum) / count
-            stop_if_not_finite({"train/loss": loss, "train/grad_norm": grad_norm}, {"rows": [b[2] for b in batch]},
-                               folder, step)
             rate = tokens / (time.time() - clock)
             clock, tokens = time.time(), 0
             tracker.log(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
@@ -224,7 +225,8 @@ def test_masked_mean_ignores_pads():
     """The mean is taken over the entries that count, and more masked columns do not change it (T38)."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
     close(ppo.masked_mean(NINE, mask), (1.2 + 1.3 + 1.5) / 3)
-    assert torch.equal(ppo.masked_mean(torch.cat([NINE, NINE], 1), torch.cat([mask, mask & False], 1)), ppo.masked_mean(NINE, mask))
+    wider = torch.cat([NINE, NINE], 1), torch.cat([mask, mask & False], 1)
+    assert torch.equal(ppo.masked_mean(*wider), ppo.masked_mean(NINE, mask))
 
 
 # ---- Losses -----------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_detail_38_policy_gradient_by_autograd():
 
 
 def test_detail_39_value_loss_is_the_larger_of_two():
-    """By hand: old 0, new 0.5, return 1 -> half of max(.25, .64); return 0 -> half of max(.25, .04); inside the range equal (T34)."""
+    """By hand: old 0, new 0.5, return 1 -> half of max(.25, .64); return 0 -> half of max(.25, .04) (T34)."""
     new, returns = torch.tensor([0.5, 0.5, 0.1, -0.5]), torch.tensor([1.0, 0.0, 1.0, -1.0])
     losses, clipped = ppo.value_losses(new, torch.zeros(4), returns, 0.2)
     close(losses, [0.32, 0.125, 0.405, 0.32])
@@ -268,9 +270,11 @@ def scored(tiny_classifier):
     """A reward model, three padded queries (one holds an EOS) and four-token responses."""
     tiny_classifier.config.reward_mean = 0.5
     queries, query_mask = ppo.pad([[5, 6], [7, EOS, 8, 9], [3]], 60, "left")
-    responses, lengths, ended = ppo.truncate_at_eos(torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4], [2, 2, 5, 0]]), torch.tensor([EOS]), 60)
-    return SimpleNamespace(model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, queries=queries, query_mask=query_mask,
-                           responses=responses, mask=ppo.response_masks(lengths, 4)[0], ended=ended)
+    responses = torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4], [2, 2, 5, 0]])
+    responses, lengths, ended = ppo.truncate_at_eos(responses, torch.tensor([EOS]), 60)
+    return SimpleNamespace(
+        model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, queries=queries, query_mask=query_mask,
+        responses=responses, mask=ppo.response_masks(lengths, 4)[0], ended=ended)
 
 
 def score(s, missing_eos_score, rollout_batch_size=2):
@@ -437,7 +441,9 @@ def slow_logprobs(model, query, response, temperature=0.8):
 
 
 def rows(update):
-    return [(query, response[:n].tolist(), n) for query, response, n in zip(update.prompts, update.responses, update.lengths.tolist())]
+    """Query, response up to EOS, and its length, of each episode of an update."""
+    everything = zip(update.prompts, update.responses.tolist(), update.lengths.tolist())
+    return [(query, response[:length], length) for query, response, length in everything]
 
 
 def test_run_has_unequal_and_unended_responses(spied):
@@ -544,7 +550,7 @@ def test_detail_26_evaluation_noise_and_training_noise(spied):
     assert addresses == [held_out, (1, 1, list(range(16))), (1, 2, list(range(16, 32))), held_out]
     tokenizer = AutoTokenizer.from_pretrained(spied.flags["sft_model"])
     texts = [row["prompt"] for row in rows_of(ROOT / spied.flags["prompts"])]
-    expected = [tokenizer(texts[ppo.prompt_of_episode(n, 24, 1)]).input_ids for n in range(32)]
+    expected = [tokenizer(texts[i]).input_ids for i in ppo.prompts_of_episodes(range(32), 24, 1)]
     assert [prompt for u in spied.updates for prompt in u.prompts] == expected
 
 
@@ -618,7 +624,8 @@ def test_logged_entropy_equals_a_slow_loop(spied):
 def test_detail_42_learning_rates_fall_linearly(spied):
     """Update u of N runs at lr * (1 - (u - 1) / N), policy and critic each with its own (T13)."""
     assert [step.lr for step in spied.steps] == [2e-3, 1e-3] * 2 + [1e-3, 5e-4] * 2
-    assert [(row["lr"], row["critic_lr"], row["episode"]) for row in training(spied.metrics)] == [(2e-3, 1e-3, 16), (1e-3, 5e-4, 32)]
+    logged = [(row["lr"], row["critic_lr"], row["episode"]) for row in training(spied.metrics)]
+    assert logged == [(2e-3, 1e-3, 16), (1e-3, 5e-4, 32)]
 
 
 def test_detail_43_optimizers_use_the_flags(spied):
@@ -642,15 +649,16 @@ def test_sft_and_reward_model_are_not_touched(spied):
     """The folders read are the same bytes afterwards; every weight of policy and critic that can move has moved (T39)."""
     for name, before in spied.before.items():
         assert weights(ROOT / spied.flags[name]) == before
-    trained = AutoModelForCausalLM.from_pretrained(spied.folder), AutoModelForSequenceClassification.from_pretrained(spied.folder / "critic")
-    for model, start in zip(trained, (spied.policy, spied.reward_model)):
+    policy = AutoModelForCausalLM.from_pretrained(spied.folder)
+    critic = AutoModelForSequenceClassification.from_pretrained(spied.folder / "critic")
+    for model, start in ((policy, spied.policy), (critic, spied.reward_model)):
         for (name, new), (_, old) in zip(model.named_parameters(), start.named_parameters()):
             assert not torch.equal(new, old), name
-    assert trained[1].config.reward_mean == 0.5  # [detail 15] the constant is not trained
+    assert critic.config.reward_mean == 0.5  # [detail 15] the constant is not trained
 
 
 def test_frozen_policy_keeps_ratio_1(assets, tmp_path):
-    """With learning rate 0, three epochs: ratio 1, approxkl 0, nothing clipped, policy loss 0, the same held-out samples (T22)."""
+    """With learning rate 0, three epochs: ratio 1, approxkl 0, nothing clipped, policy loss 0, same held-out samples (T22)."""
     metrics = run(assets, tmp_path / "run", lr=0.0, critic_lr=0.0, num_ppo_epochs=3, micro_batch_size=16)
     row = training(metrics)[0]
     close([row["val/ratio"], row["val/ratio_max"]], [1.0, 1.0], 1e-5)
@@ -661,12 +669,24 @@ def test_frozen_policy_keeps_ratio_1(assets, tmp_path):
     assert weights(tmp_path / "run/critic") == weights(ROOT / assets["reward_model"])
 
 
+def test_detail_E14_disagreement_of_rollout_and_update_stops_the_run(assets, tmp_path, monkeypatch, capsys):
+    """Where the update's log-probabilities differ from the rollout's before any training the run ends with one line (T22)."""
+    original = ppo.response_logits
+    warmer = lambda *args: original(*args[:4], args[4] * (1.001 if torch.is_grad_enabled() else 1.0), args[5])
+    monkeypatch.setattr(ppo, "response_logits", warmer)
+    with pytest.raises(SystemExit):
+        run(assets, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert "update 1" in error and "before any training" in error and error.count("\n") == 1
+    assert training(rows_of(tmp_path / "run/metrics.jsonl")) == []
+
+
 def test_gradient_does_not_depend_on_the_micro_batch(assets, tmp_path):
     """Micro-batches of 1, 2, 4 and 8 give the gradients of both models to 1e-5, and the logged metrics to 1e-4 (T36)."""
     runs = {}
     for size in (8, 1, 2, 4):
         steps = []
-        metrics = run(assets, tmp_path / f"{size}", steps, batch_size=8, num_minibatches=1, num_ppo_epochs=2, micro_batch_size=size)
+        metrics = run(assets, tmp_path / f"{size}", steps, batch_size=8, total_episodes=8, micro_batch_size=size)
         runs[size] = steps, training(metrics)[0]
     for size in (1, 2, 4):
         (steps, row), (expected_steps, expected_row) = runs[size], runs[8]
@@ -678,19 +698,20 @@ def test_gradient_does_not_depend_on_the_micro_batch(assets, tmp_path):
 
 @pytest.fixture(scope="module")
 def long_run(assets, tmp_path_factory):
-    """Five updates with two minibatches, whitened rewards, a checkpoint after each, and what whitening was given."""
-    folder, steps, whitened = tmp_path_factory.mktemp("long") / "run", [], []
+    """Five updates with two minibatches, whitened rewards, a checkpoint after each; what whitening and GAE were given."""
+    folder, steps, whitened, values = tmp_path_factory.mktemp("long") / "run", [], [], []
     flags = dict(assets, total_episodes=43, batch_size=8, num_minibatches=2, num_ppo_epochs=3, save_every=1, eval_every=2,
                  whiten_rewards=True, reward_function=f"{__name__}:count_the", lr=1e-3)
-    original = ppo.masked_whiten
+    whiten, gae = ppo.masked_whiten, ppo.gae
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "masked_whiten", lambda *args, **kwargs: whitened.append((args, kwargs)) or original(*args, **kwargs))
+        patch.setattr(ppo, "masked_whiten", lambda *args, **kwargs: whitened.append((args, kwargs)) or whiten(*args, **kwargs))
+        patch.setattr(ppo, "gae", lambda *args: values.append(args[1]) or gae(*args))
         metrics = run(flags, folder, steps)
-    return SimpleNamespace(flags=flags, folder=folder, steps=steps, whitened=whitened, metrics=metrics)
+    return SimpleNamespace(flags=flags, folder=folder, steps=steps, whitened=whitened, values=values, metrics=metrics)
 
 
 def test_every_update_takes_epochs_times_minibatches_steps(long_run):
-    """Two minibatches and three epochs are six steps of each model in all five updates; three left-over episodes are left out (T35)."""
+    """Two minibatches and three epochs are six steps of each model in all five updates; left-over episodes are not used (T35)."""
     assert len(long_run.steps) == 5 * 6 * 2
     assert [row["step"] for row in training(long_run.metrics)] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in long_run.metrics if "eval/score" in row] == [0, 2, 4, 5]
@@ -702,6 +723,11 @@ def test_detail_35_rewards_are_whitened_over_states_with_their_mean(long_run):
         lengths = advantages_call[1].sum(1)
         assert keep == {"shift_mean": False} and remove == {}
         assert torch.equal(rewards_call[1].sum(1), (lengths + 1).clamp(max=8))
+
+
+def test_critic_of_a_reward_function_starts_at_0(long_run):
+    """Without a reward model to start from, every value is 0 in the first update, and no longer in the second (E13)."""
+    assert (long_run.values[0] == 0).all() and (long_run.values[1] != 0).any()
 
 
 def test_resumed_run_is_bit_identical(long_run, tmp_path):
@@ -736,3 +762,29 @@ def test_policy_learns_a_countable_reward(assets, tmp_path):
     scores, kl = ([row[f"objective/{name}"] for row in free] for name in ("scores", "kl"))
     assert sum(scores[-3:]) / 3 > 2 * scores[0] and kl[0] == 0 and kl[-1] > 2
     assert max(abs(row["objective/kl"]) for row in held) < kl[-1] / 3
+
+
+def return_zero(queries, responses):
+    return [0.0] * len(queries)
+
+
+def test_equal_returns_do_not_stop_a_run(assets, tmp_path):
+    """A sparse reward that is 0 for a whole batch leaves nothing to explain, which is no error."""
+    rows = training(run(assets, tmp_path / "run", reward_function=f"{__name__}:return_zero", missing_eos_score=None))
+    assert rows[0]["val/explained_variance"] == 1.0 and rows[0]["objective/scores"] == 0.0
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(assets, tmp_path, monkeypatch):
+    """Both models recompute their activations, and the gradients stay the same."""
+    gradients, recomputed = {}, []
+    checkpoint = transformers.modeling_utils.checkpoint
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *args, **options: (
+        recomputed.append(torch.is_grad_enabled()), checkpoint(*args, **options))[1])
+    for name in (False, True):
+        steps = []
+        run(assets, tmp_path / str(name), steps, gradient_checkpointing=name)
+        gradients[name] = [step.gradient for step in steps[:2]]  # policy, critic
+    assert sum(recomputed) == 2 * 2 * 2 * 4  # models x layers x epochs x micro-batches
+    for plain, saving in zip(gradients[False], gradients[True]):
+        for key in plain:
+            close(plain[key], saving[key], atol=1e-6)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config
-from transformers import AutoModelForSequenceClassification, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import reward_model
 from utils.data import pad, permutation, rows_of_this_rank
@@ -221,18 +222,23 @@ def test_detail_12_score_is_read_at_the_last_token():
     assert by_first_pad[0] == -1  # wrong on the left-padded one
 
 
+def tiny_gpt2_scalar_model():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, num_labels=1)
+    return reward_model.ScalarModel(GPT2ForSequenceClassification(GPT2Config(**sizes)).eval())
+
+
 @torch.no_grad()
-def test_detail_45_padding_side_does_not_change_scores(scalar_model):
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])  # GPT-2 has absolute positions: wrong without position ids
+def test_detail_45_padding_side_does_not_change_scores(family, scalar_model):
     """T15: the same text scores the same to 1e-5 without pads, with pads on the left, the right and both sides."""
+    model = scalar_model if family == "gpt_neox" else tiny_gpt2_scalar_model()
     ids, mask, _ = four_rows()
     rows = [ids[0], ids[3], torch.tensor([PAD] * 3 + [*QUERY, *RESPONSE[:3], EOS])]
-    scores = [reward_model.at_last_token(scalar_model(row[None], row[None] != PAD), row[None] != PAD) for row in rows]
-    alone = torch.tensor([[*QUERY, *RESPONSE[:3], EOS]])
-    scores.append(scalar_model(alone, torch.ones_like(alone, dtype=torch.bool))[:, -1])
-    scores = torch.cat(scores)
-    assert (scores - scores[-1]).abs().max() < 1e-5
-    other = torch.tensor([[*QUERY, *RESPONSE[:2], 12, EOS]])
-    assert (scalar_model(other, other != PAD)[:, -1] - scores[-1]).abs() > 1e-3
+    scores = [reward_model.at_last_token(model(row[None], row[None] != PAD), row[None] != PAD) for row in rows]
+    expected = value_at_end(model, [*QUERY, *RESPONSE[:3], EOS])
+    assert (torch.cat(scores) - expected).abs().max() < 1e-5
+    assert (value_at_end(model, [*QUERY, *RESPONSE[:2], 12, EOS]) - expected).abs() > 1e-3  # another text
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from utils.launch import fail, print0, rank, world_size
-from utils.models import first_line
+from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -27,7 +27,7 @@ def load_rows(path, flag, columns, split="train"):
         if file.suffix not in FORMATS:
             fail(f"{flag} {path}: unknown kind of file. Understood: {', '.join(FORMATS)}, a folder or a Hub id")
         rows = _read_jsonl(path, flag) if file.suffix == ".jsonl" else _read_with_datasets(path, flag, split)
-    elif file.is_dir() or (path.count("/") == 1 and not path.startswith(("assets/", "runs/", ".", "/"))):
+    elif file.is_dir() or (is_hub_id(path) and file.suffix not in FORMATS):
         rows = _read_with_datasets(path, flag, split)
     else:
         fail(f"{flag} {path}: no such file or folder")
@@ -67,7 +67,8 @@ def _read_with_datasets(path, flag, split):
     kind = {".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix)
     try:
         if kind:
-            table = datasets.load_dataset(kind, data_files=path, split="train")
+            options = {"keep_default_na": False} if kind == "csv" else {}  # the word None is text, too
+            table = datasets.load_dataset(kind, data_files=path, split="train", **options)
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(path)
             table = table[split] if isinstance(table, datasets.DatasetDict) else table
@@ -79,7 +80,9 @@ def _read_with_datasets(path, flag, split):
 
 
 def load_function(spec, flag):
-    """The function that `module:name` names; the current folder is on the import path."""
+    """The function that `module:name` names, or None for None; the current folder is on the import path."""
+    if spec is None:
+        return None
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -145,7 +148,7 @@ def describe(name, path, lengths, dropped):
     """Say what was read: rows kept, rows dropped by reason, token lengths."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none"
     if not lengths:
-        fail(f"{path}: no row is left (dropped: {reasons})")
+        fail(f"{name} {path}: no row is left (dropped: {reasons})")
     median, p95 = np.percentile(lengths, [50, 95])
     print0(f"{name:<22}{path}: {len(lengths):,} rows (dropped: {reasons}); "
            f"tokens: median {median:.0f}, 95 % {p95:.0f}, longest {max(lengths)}")

@@ -160,6 +160,7 @@ def create_engine(model, optimizer, args):
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, engine.grad_norm)
 
         optimizer.register_step_pre_hook(measure_and_clip)
+    engine.train()  # from_pretrained leaves models in eval mode, where gradient checkpointing does nothing
     return engine
 
 
@@ -170,6 +171,17 @@ def optimizer_step(engine, lr):
     engine.step()
     norm = engine.get_global_grad_norm() if engine.grad_norm is None else engine.grad_norm
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+
+
+def check_batch_size(batch_size, minibatches=1, total_episodes=None):
+    """Fail in one line where ranks and minibatches cannot share a batch evenly, naming sizes that would work."""
+    share, most = world_size() * minibatches, total_episodes or batch_size + world_size()
+    if batch_size < 1 or batch_size % share or batch_size > most:
+        below, above = min(batch_size, most) // share * share, batch_size // share * share + share
+        sizes = " or ".join(str(size) for size in (below, above) if 0 < size <= most)
+        parts = f"{world_size()} ranks" + (f" x {minibatches} minibatches" if minibatches > 1 else "")
+        limit = f" and be at most --total_episodes {total_episodes}" if total_episodes else ""
+        fail(f"--batch_size {batch_size} must divide by {parts}{limit}; {sizes or 'no size'} would do")
 
 
 def print_memory_plan(args, trained, frozen=0):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from utils.launch import fail, full_state_dict, rank
 
@@ -14,21 +14,20 @@ transformers.utils.logging.disable_progress_bar()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def check_model_folder(path, flag):
-    """Fail in one line on a missing local folder, one that holds no model, or one with pickled weights only.
+def is_hub_id(path):
+    """Whether a path that does not exist here can be a Hub id, `owner/name`."""
+    return path.count("/") == 1 and not path.startswith(("assets/", "runs/", ".", "/"))
 
-    A path counts as local when it exists, or cannot be a Hub id (which is `name` or `owner/name`).
-    """
+
+def check_folder(path, flag, pattern, remedy):
+    """Fail in one line on a missing local folder, or one without a file of this pattern."""
     folder = Path(path)
     if not folder.exists():
-        if path.count("/") == 1 and not path.startswith(("assets/", "runs/", ".", "/")):
-            return  # a Hub id: transformers says what is wrong with it, if anything
-        fail(f"{flag} {path}: no such folder. Give a Hugging Face model folder or a Hub id such as EleutherAI/pythia-1b")
-    if not (folder / "config.json").is_file():
-        fail(f"{flag} {path}: this folder has no config.json, so it is not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
-        fail(f"{flag} {path}: this folder has no *.safetensors weights. Pickled weights (*.bin) are not loaded, "
-             "because loading them can run code: convert them to safetensors first")
+        if is_hub_id(path):
+            return  # transformers says what is wrong with it, if anything
+        fail(f"{flag} {path}: no such folder. Give a Hugging Face model folder or a Hub id (owner/name)")
+    if not list(folder.glob(pattern)):
+        fail(f"{flag} {path}: this folder has no {pattern}. {remedy}")
 
 
 def load_tokenizer(path, flag):
@@ -37,13 +36,12 @@ def load_tokenizer(path, flag):
     A tokenizer without PAD gets `[PAD]`; one whose PAD is its EOS is refused, since a loss that skips PAD would
     then never teach the model to stop.
     """
+    check_folder(path, flag, "token*", "Save the model's tokenizer there with tokenizer.save_pretrained")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         fail(f"{flag} {path}: cannot load a tokenizer from it ({first_line(error)}). "
              "Save one there with tokenizer.save_pretrained")
-    if not len(tokenizer):
-        fail(f"{flag} {path}: the tokenizer there is empty. Save one with tokenizer.save_pretrained")
     if tokenizer.eos_token_id is None:
         fail(f"{flag} {path}: its tokenizer has no EOS token, so no response could ever end. Set eos_token")
     if tokenizer.pad_token_id is None:
@@ -75,7 +73,8 @@ def load_classifier(path, flag, tokenizer, bf16=False):
 
 
 def _load(auto_class, path, flag, bf16, **options):
-    check_model_folder(path, flag)
+    check_folder(path, flag, "config.json", "It is not a Hugging Face model folder")
+    check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to safetensors")
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
         model = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)

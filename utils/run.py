@@ -68,7 +68,7 @@ def _numbered(name, existing):
 
 
 def _comparable(args):
-    return {**dataclasses.asdict(args), "world_size": world_size()}
+    return json.loads(json.dumps({**dataclasses.asdict(args), "world_size": world_size()}))
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def save_checkpoint(folder, step, engines, state):
         engine.save_checkpoint(str(unfinished), tag=name, save_latest=False)
     barrier()
     if rank() == 0:
-        (unfinished / "state.json").write_text(json.dumps({"step": step, **state}))
+        (unfinished / "state.json").write_text(json.dumps({**state, "step": step}))
         sums = {str(file.relative_to(unfinished)): _sha256(file) for file in _files(unfinished)}
         (unfinished / "sha256.json").write_text(json.dumps(sums, indent=1))
         for file in _files(unfinished):
@@ -187,10 +187,10 @@ class Tracker:
             self.writer.flush()
 
     def line(self, step, last_step, **figures):
-        """One aligned console line with the time left."""
+        """One aligned console line with the time left: figures are name=(value, format), None values left out."""
         done = step - self.first_step + 1
         left = (time.time() - self.started) / done * (last_step - step)
-        text = "  ".join(f"{name} {value:{spec}}" for name, (value, spec) in figures.items())
+        text = "  ".join(f"{name} {value:{spec}}" for name, (value, spec) in figures.items() if value is not None)
         print0(f"{step:>6}/{last_step}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
 
     def close(self, summary):
@@ -234,4 +234,4 @@ def stop_if_not_finite(quantities, batch, folder, step):
             file = folder / f"bad_batch_rank{rank()}.pt"
             torch.save({"step": step, "first_bad": name, **batch}, file)
             fail(f"step {step}: {name} is not finite. The batch is saved in {file}; "
-                 "the last checkpoint is untouched: resume from it with a lower learning rate", every_rank=True)
+                 "the last checkpoint is untouched. Look at the batch, or start anew with a lower learning rate", every_rank=True)
