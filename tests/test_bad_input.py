@@ -11,7 +11,8 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, tiny_config
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import ppo
 import reward_model
@@ -316,7 +317,8 @@ def test_chosen_equal_to_rejected_everywhere_is_refused(inputs, tmp_path, refuse
 
 
 @pytest.mark.parametrize("script, flag, limit", named([
-    (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"), (ppo, "prompts", "max_prompt_length")]))
+    (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"),
+    (ppo, "prompts", "max_prompt_length")]))
 def test_rows_over_the_limit_are_dropped_and_counted(script, flag, limit, inputs, tmp_path, capsys):
     """A row over the limit is left out whole, and the line about the file counts it."""
     long = {key: text + " and on" * 40 for key, text in ROWS[0].items()}

@@ -1,4 +1,4 @@
-"""Launching: the deepspeed launcher, no compiler, the chain of scripts, folders, --help, README commands, DeepSpeed's config.
+"""Launching: the deepspeed launcher, no compiler, the chain of scripts, folders, --help, README, DeepSpeed's config.
 
 Subprocesses run on the CPU without network, in an environment that knows nothing of ranks.
 """
@@ -37,7 +37,8 @@ def environment(**changes):
     """The environment of a user: no ranks left over from tests in this process, one thread, no GPU, no network."""
     env = {key: value for key, value in os.environ.items()
            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")}
-    return {**env, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "LOCAL_SIZE": "1", **changes}
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "LOCAL_SIZE": "1"}
+    return {**env, **fixed, **changes}
 
 
 def deepspeed_command():
@@ -71,7 +72,7 @@ def first_rows(name, count, folder):
 
 
 def test_deepspeed_launcher_trains_at_the_rate_of_large_models(tmp_path):
-    """`deepspeed ppo.py --lr 5e-7` completes, says before the first step what that rate suits, and moves fp32 weights."""
+    """`deepspeed ppo.py --lr 5e-7` completes, says beforehand what that rate suits, and moves fp32 weights."""
     done = run([deepspeed_command(), "ppo.py", "--lr", "5e-7", *SMALL_PPO, "--output_dir", str(tmp_path / "out")],
                environment())
     assert done.returncode == 0, done.stderr
@@ -95,8 +96,8 @@ def test_no_compiler_is_needed(tiny_base, tmp_path):
         env.pop(name, None)
     look = f"import shutil; print([name for name in {COMPILERS} if shutil.which(name)])"
     assert run([sys.executable, "-c", look], env).stdout.strip() == "[]"
-    done = run(["deepspeed", "ppo.py", "--zero_stage", "2", "--offload_optimizer", *SMALL_PPO, "--sft_model", str(tiny_base),
-                "--reward_model", str(tiny_base), "--output_dir", str(tmp_path / "out")], env)
+    done = run(["deepspeed", "ppo.py", "--zero_stage", "2", "--offload_optimizer", "--sft_model", str(tiny_base),
+                "--reward_model", str(tiny_base), *SMALL_PPO, "--output_dir", str(tmp_path / "out")], env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "summary.json").is_file()
     assert not list(tmp_path.glob("extensions/**/*.so"))
@@ -185,12 +186,12 @@ def test_one_script_with_utils_is_enough(tmp_path):
     """Each script starts with nothing but utils/ on the path; only its default model is missing, as one line says."""
     shutil.copytree(ROOT / "utils", tmp_path / "utils", ignore=shutil.ignore_patterns("__pycache__"))
     for script in SCRIPTS:
-        (tmp_path / script.__name__).mkdir()
-        shutil.copy(script.__file__, tmp_path / script.__name__)
+        (tmp_path / f"only_{script.__name__}").mkdir()
+        shutil.copy(script.__file__, tmp_path / f"only_{script.__name__}")
     code = ("import os, runpy, sys\n"
             "sys.path[0], sys.argv, sys.dont_write_bytecode = os.getcwd(), ['script.py'], True\n"
             "for name in ('sft', 'reward_model', 'ppo'):\n"
-            "    os.chdir(os.path.join(sys.path[0], name))\n"
+            "    os.chdir(os.path.join(sys.path[0], 'only_' + name))\n"
             "    try:\n"
             "        runpy.run_path(name + '.py', run_name='__main__')\n"
             "    except SystemExit as stopped:\n"
@@ -202,7 +203,7 @@ def test_one_script_with_utils_is_enough(tmp_path):
     for script, line in zip(SCRIPTS, lines):
         flag = "sft_model" if script is ppo else "model"
         assert line.startswith(f"error: --{flag} {getattr(script.Args, flag)}: ")
-        assert [file.name for file in (tmp_path / script.__name__).iterdir()] == [f"{script.__name__}.py"]
+        assert [file.name for file in (tmp_path / f"only_{script.__name__}").iterdir()] == [f"{script.__name__}.py"]
 
 
 # ---- README -----------------------------------------------------------------------------------------------
