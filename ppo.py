@@ -434,6 +434,9 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
     prompts = load_prompts(args.prompts, "--prompts", tokenizer, args)
     eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
+    if len(eval_prompts) < world_size():
+        fail(f"--eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and {world_size()} ranks need at least "
+             "one each")
     gold_function = load_function(args.gold_function, "--gold_function")
     reward_function = load_function(args.reward_function, "--reward_function")
     policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # [detail 7] all four without dropout
@@ -450,7 +453,9 @@ def main(args: Args):
         reward_model = load_classifier(args.reward_model, "--reward_model", tokenizer, args.bf16)
         reward_model = ScalarModel(reward_model).to(device).eval()
     critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
-    spare = None if args.zero_stage < 3 else load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
+    spare = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
+    if args.zero_stage == 3:
+        spare = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
     engines = {}
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
@@ -460,7 +465,7 @@ def main(args: Args):
             model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
         engines[name] = create_engine(model, optimizer, args)
     pad_id, eos_ids = tokenizer.pad_token_id, torch.tensor(eos_token_ids(policy, tokenizer), device=device)
-    vocabulary = torch.arange(policy.get_output_embeddings().weight.shape[0], device=device)
+    vocabulary = torch.arange(ref_policy.get_output_embeddings().weight.shape[0], device=device)
     forbidden = (vocabulary >= len(tokenizer)) | (vocabulary == pad_id)  # [E12] rows without a token, and PAD
 
     for function, flag in ((gold_function, "--gold_function"), (reward_function, "--reward_function")):
@@ -645,7 +650,8 @@ def main(args: Args):
             "loss/policy_avg": pg_loss, "loss/value_avg": vf_loss,
             "val/clipfrac_avg": vf_clipfrac, "val/grad_norm": grad_norms[1] / steps,
             "val/ratio": ratio, "val/ratio_var": ratio_square - ratio**2, "val/ratio_max": all_max(ratio_max),
-            "val/explained_variance": 1 - unexplained / variance.clamp(min=1e-8), "val/length": length, "val/ended": share_ended,
+            "val/explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
+            "val/length": length, "val/ended": share_ended,
             "lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
         if gold_function:
             metrics["objective/gold"] = gold

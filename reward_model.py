@@ -30,8 +30,8 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
-from utils.launch import print0, print_memory_plan, world_size
+from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed
+from utils.launch import optimizer_step, print0, print_memory_plan, world_size
 from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
 
@@ -119,7 +119,8 @@ def load_pairs(path, flag, tokenizer, args):
              for row in different]
     kept = [pair for pair in pairs if max(len(pair[0]), len(pair[1])) <= args.max_length]
     describe(flag, path, [max(len(pair[0]), len(pair[1])) for pair in kept],
-             {"chosen equal to rejected": len(rows) - len(different), f"over {args.max_length} tokens": len(pairs) - len(kept)})
+             {"chosen equal to rejected": len(rows) - len(different),
+              f"over {args.max_length} tokens": len(pairs) - len(kept)})
     return kept
 
 
@@ -232,7 +233,8 @@ def evaluate(engine, pairs, tokenizer, args):
     correct = accuracy(chosen_scores, rejected_scores)
     distinct = sorted(set(prompts))
     other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never a pair's own prompt, unless there is only one
-    strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")] for row in rows]
+    strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")]
+                 for row in rows]
     strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length] or [pair[:2] for pair in pairs]
     shuffled = accuracy(*(score(sequences) for sequences in zip(*strangers)))
     lengths, all_scores = [len(ids) for ids in chosen + rejected], chosen_scores + rejected_scores
@@ -280,7 +282,8 @@ def main(args: Args):
     warmup_steps = int(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
-    print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on {device.type}")
+    print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "
+           f"{device.type}")
     print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} pairs = {args.epochs} epochs; writes {folder}")
     print_memory_plan(args, count_parameters(model))
     show_example(tokenizer, train[0][0], [i == len(train[0][0]) - 1 for i in range(len(train[0][0]))])
@@ -353,8 +356,8 @@ def main(args: Args):
     # 6. save
     save_model(engine, model, tokenizer, folder)
     model_card(folder, "reward_model.py", args.model, args.train_data, [
-        f"Its logit averages {scores.mean():.6f} over `{args.demonstrations}`. That constant is `reward_mean` in config.json;",
-        "our scripts subtract it, other tools see the logit as it is."])
+        f"Its logit averages {scores.mean():.6f} over `{args.demonstrations}`. That constant is `reward_mean` in",
+        "config.json; our scripts subtract it, other tools see the logit as it is."])
     tracker.close({"before": state["before"], "after": after, "reward_mean": float(scores.mean()),
                    "reward_std": float(scores.std())})
     print0(f"saved {folder}")

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed, optimizer_step
-from utils.launch import print0, print_memory_plan, rollout_weights, world_size
+from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed
+from utils.launch import optimizer_step, print0, print_memory_plan, rollout_weights, world_size
 from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_tokenizer, save_model
 from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
 
@@ -250,7 +250,8 @@ def main(args: Args):
     warmup_steps = int(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
-    print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on {device.type}")
+    print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "
+           f"{device.type}")
     print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} sequences = {args.epochs} epochs; writes {folder}")
     print_memory_plan(args, count_parameters(model))
     show_example(tokenizer, train[0][0], [i >= len(train[0][0]) - count_labels(train[0], args.completion_only)
@@ -289,8 +290,8 @@ def main(args: Args):
             loss_sum += micro_loss.detach()
         lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
-        stop_if_not_finite({"train/loss": loss_sum, "train/grad_norm": grad_norm}, {"rows": [item[2] for item in batch]},
-                           folder, step)
+        stop_if_not_finite({"train/loss": loss_sum, "train/grad_norm": grad_norm},
+                           {"rows": [item[2] for item in batch]}, folder, step)
         tokens += count
 
         # 4. log, evaluate, save

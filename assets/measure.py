@@ -43,7 +43,8 @@ def sft_figures():
         loss = float(evaluate_loss(model, items, tokenizer, SFTArgs())["eval/loss"])
         tokens = sum(len(ids) - 1 for ids, _, _ in items)
         characters = sum(len(row["prompt"] + row["completion"]) for _, _, row in items)
-        print(f"sft {split}: loss {loss:.4f} nats per token, {loss * tokens / characters / math.log(2):.3f} bits per character")
+        bits = loss * tokens / characters / math.log(2)
+        print(f"sft {split}: loss {loss:.4f} nats per token, {bits:.3f} bits per character")
 
 
 @torch.no_grad()

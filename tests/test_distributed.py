@@ -24,7 +24,7 @@ import reward_model
 import sft
 from utils.data import rows_of_this_rank
 from utils.launch import all_max, all_sum, create_engine, gather_rows, init_distributed, rank, rollout_weights
-from utils.models import load_causal_lm, load_tokenizer, save_model
+from utils.models import count_parameters, load_causal_lm, load_tokenizer, save_model
 
 SEED = 5
 
@@ -90,6 +90,8 @@ def worker(inputs, out):
         script.main(arguments(script, inputs, out / script.__name__))
     script.main(arguments(reward_model, inputs, out / "reward_model_zero3", zero_stage=3))
     sft.main(arguments(sft, inputs, out / "sft_zero3", zero_stage=3))
+    counts = {"whole": count_parameters(spare), "in_pieces": count_parameters(model)}
+    (out / f"parameters_{rank()}.json").write_text(json.dumps(counts))
     for stage in (0, 2, 3):
         ppo.main(arguments(ppo, inputs, out / f"ppo_zero{stage}", zero_stage=stage))
 
@@ -244,6 +246,13 @@ def test_zero3_rollout_weights_are_full_on_every_rank(inputs, two, number):
     expected = GPTNeoXForCausalLM.from_pretrained(inputs / "lm").state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_zero3_parameters_are_counted_in_full(two):
+    """Printed sizes do not shrink to 0 when ZeRO 3 keeps the weights in pieces."""
+    for number in (0, 1):
+        counts = json.loads((two / f"parameters_{number}.json").read_text())
+        assert counts["in_pieces"] == counts["whole"] > 10_000
 
 
 # ---- Runs -------------------------------------------------------------------------------------------------

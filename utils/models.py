@@ -105,7 +105,7 @@ def eos_token_ids(model, tokenizer):
 
 
 def count_parameters(model):
-    return sum(p.numel() for p in model.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: in pieces, at ZeRO 3
 
 
 def save_model(engine, model, tokenizer, folder):

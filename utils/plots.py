@@ -25,8 +25,8 @@ def plot_runs(out, runs):
         for curve in curves:
             axis.plot([x for x, _ in curve], [row[key] for _, row in curve], color="tab:blue", alpha=0.35, lw=1)
         points = list(zip(*curves))  # evaluations that all runs share
-        axis.plot([point[0][0] for point in points], [sum(row[key] for _, row in point) / len(point) for point in points],
-                  color="tab:blue", lw=2.2)
+        means = [sum(row[key] for _, row in point) / len(point) for point in points]
+        axis.plot([point[0][0] for point in points], means, color="tab:blue", lw=2.2)
         axis.set_xlabel("episodes")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -203,7 +204,8 @@ class Tracker:
 
 def _keep_rows_before(file, step):
     if file.is_file():
-        rows = [line for line in file.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] < step]
+        whole = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be cut off
+        rows = [line for line in whole if json.loads(line)["step"] < step]
         file.write_text("".join(row + "\n" for row in rows))
 
 
@@ -217,7 +219,7 @@ def _cell(value):
 def model_card(folder, script, base, data, lines=()):
     """README.md of a model folder: what it is, from what, and the command that made it."""
     if rank() == 0:
-        command = " ".join([script] + [str(part) for part in __import__("sys").argv[1:]])
+        command = " ".join([script] + sys.argv[1:])
         body = [f"# {Path(folder).name}", "", f"Made by `{script}` from `{base}` on `{data}`.", "",
                 f"Command: `python {command}`", "", *lines]
         (Path(folder) / "README.md").write_text("\n".join(body).rstrip() + "\n")
@@ -233,5 +235,5 @@ def stop_if_not_finite(quantities, batch, folder, step):
         if not torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all():
             file = folder / f"bad_batch_rank{rank()}.pt"
             torch.save({"step": step, "first_bad": name, **batch}, file)
-            fail(f"step {step}: {name} is not finite. The batch is saved in {file}; "
-                 "the last checkpoint is untouched. Look at the batch, or start anew with a lower learning rate", every_rank=True)
+            fail(f"step {step}: {name} is not finite. The batch is saved in {file}; the last checkpoint is untouched. "
+                 "Look at the batch, or start anew with a lower learning rate", every_rank=True)
