@@ -58,7 +58,7 @@ class Args:
     """pairs per optimizer step, over all ranks. Paper: 64"""
     micro_batch_size: int = 32
     """pairs per forward and rank; changes memory and speed, not the gradient. Paper: 1"""
-    lr: float = 4e-3
+    lr: float = 2e-3
     """peak learning rate of AdamW. Paper: 3e-6"""
     warmup_ratio: float = 0.05
     """share of the steps with rising learning rate, before the cosine to 0. Paper: 0"""

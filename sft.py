@@ -49,11 +49,11 @@ class Args:
     # optimisation
     epochs: int = 8
     """passes over the demonstrations. Paper: 1"""
-    batch_size: int = 32
+    batch_size: int = 16
     """sequences per optimizer step, over all ranks. Paper: 128"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 16
     """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 1"""
-    lr: float = 6e-3
+    lr: float = 4e-3
     """peak learning rate of AdamW. Paper: 3e-6"""
     warmup_ratio: float = 0.05
     """share of the steps with rising learning rate, before the cosine to 0. Paper: 0"""
@@ -65,7 +65,7 @@ class Args:
     """clip the global gradient norm here; 0 = off. Paper: off (detail 44)"""
 
     # evaluation
-    eval_every: int = 200
+    eval_every: int = 500
     """optimizer steps between evaluations on all of eval_data (there is one before the first and after the last)"""
     num_samples: int = 64
     """held-out prompts to continue at every evaluation, for the sample table and ROUGE. Paper: all"""
@@ -83,9 +83,9 @@ class Args:
     """continue the run in output_dir from its last checkpoint, exactly"""
     overwrite: bool = False
     """replace an earlier run in output_dir"""
-    save_every: int = 500
+    save_every: int = 1000
     """optimizer steps between checkpoints"""
-    log_every: int = 50
+    log_every: int = 100
     """optimizer steps between console lines and metrics"""
 
     # machine
