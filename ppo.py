@@ -29,11 +29,12 @@ import tyro
 from transformers import DynamicCache
 
 from utils.data import call_judge, chunks, describe, load_function, load_rows, pad, permutation
-from utils.launch import all_max, all_sum, check_batch_size, create_engine, fail, finish, gather_rows
+from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rank, rollout_weights, world_size
-from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_classifier
-from utils.models import load_tokenizer, save_model
-from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
+from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
+from utils.models import load_classifier, load_tokenizer, save_model
+from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
+from utils.run import stop_if_not_finite
 
 
 @dataclass
@@ -205,6 +206,15 @@ def response_logits(model, ids, mask, response_width, temperature, forbidden):
     return scale_logits(logits, temperature, forbidden)
 
 
+def state_values(critic, ids, mask, response_width, response_length):
+    """Values of the states before each token of the response, the last columns of ids (B, T) [detail 28].
+
+    One more, that of the state after the last column, follows where a shorter response may have ended there
+    [detail 31]: (B, min(response_width + 1, response_length)).
+    """
+    return critic(ids, mask)[:, -response_width - 1 :][:, :response_length]
+
+
 def scale_logits(logits, temperature, forbidden):
     """Logits of the sampling distribution, before top-p and repetition penalty, in fp32. forbidden: (V,) bool."""
     logits = logits.float() / (temperature + 1e-7)  # [detail 26]
@@ -252,6 +262,14 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         ids, position_ids = tokens[:, None], mask.sum(1, keepdim=True) - 1
     return responses
+
+
+def forbidden_tokens(tokenizer, vocabulary_size):
+    """Tokens that are never sampled [E12]: PAD, and embedding rows without a token. (vocabulary_size,) bool."""
+    forbidden = torch.ones(vocabulary_size, dtype=torch.bool)
+    forbidden[list(tokenizer.get_vocab().values())] = False
+    forbidden[tokenizer.pad_token_id] = True
+    return forbidden
 
 
 def inverse_cdf(logits, uniforms):
@@ -415,7 +433,7 @@ def score_responses(reward_model, reward_function, queries, query_mask, response
     return torch.where(ended, scores, args.missing_eos_score)  # [detail 23] replaced, not reduced
 
 
-def cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
+def trim_padding(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
     """Some rows without the columns that are padding in all of them [E20]: ids, mask (b, T), response width."""
     tq, tr = max(query_lengths[i] for i in rows), max(response_lengths[i] for i in rows)
     ids = torch.cat([queries[rows, -tq:], responses[rows, :tr]], dim=1)
@@ -427,10 +445,10 @@ def cut(rows, queries, query_mask, responses, mask, query_lengths, response_leng
 
 def main(args: Args):
     # 1. ranks, data, models
+    check_flags(args)
     check_batch_size(args.batch_size, args.num_minibatches, args.total_episodes)
-    if not (0 < args.top_p <= 1 and args.temperature > 0):
-        fail(f"--top_p {args.top_p} must be above 0 and at most 1, --temperature {args.temperature} above 0")
     device = init_distributed(args.timeout_minutes)
+    folder = choose_folder(args, "ppo")
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
     prompts = load_prompts(args.prompts, "--prompts", tokenizer, args)
     eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
@@ -441,9 +459,8 @@ def main(args: Args):
     reward_function = load_function(args.reward_function, "--reward_function")
     policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # [detail 7] all four without dropout
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device).eval()
-    check_length(policy, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
     if reward_function:  # [E13] no reward model to start the critic from: the SFT model with a head of zeros
-        reward_model, classifier = None, load_classifier(args.sft_model, "--sft_model", tokenizer)
+        reward_model, classifier = None, load_classifier(args.sft_model, "--sft_model", tokenizer, new_head=True)
         torch.nn.init.zeros_(classifier.score.weight)
     else:
         if load_tokenizer(args.reward_model, "--reward_model").get_vocab() != tokenizer.get_vocab():
@@ -453,9 +470,11 @@ def main(args: Args):
         reward_model = load_classifier(args.reward_model, "--reward_model", tokenizer, args.bf16)
         reward_model = ScalarModel(reward_model).to(device).eval()
     critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
-    spare = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
+    for model in (policy, classifier):
+        check_length(model, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
+    decoding_copy = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
     if args.zero_stage == 3:
-        spare = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
+        decoding_copy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
     engines = {}
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
@@ -464,16 +483,15 @@ def main(args: Args):
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
             model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
         engines[name] = create_engine(model, optimizer, args)
-    pad_id, eos_ids = tokenizer.pad_token_id, torch.tensor(eos_token_ids(policy, tokenizer), device=device)
-    vocabulary = torch.arange(ref_policy.get_output_embeddings().weight.shape[0], device=device)
-    forbidden = (vocabulary >= len(tokenizer)) | (vocabulary == pad_id)  # [E12] rows without a token, and PAD
+    eos_ids = torch.tensor(eos_token_ids(policy, tokenizer), device=device)
+    forbidden = forbidden_tokens(tokenizer, ref_policy.get_output_embeddings().weight.shape[0]).to(device)  # (V,)
 
     for function, flag in ((gold_function, "--gold_function"), (reward_function, "--reward_function")):
         if function:
             call_judge(function, flag, [prompts[0][1]] * 2, [" a", " b"])  # a trial, before anything is written
 
     # 2. output folder, resume
-    folder = open_run(args, "ppo")
+    open_folder(folder, args, "ppo")
     state = (load_checkpoint(folder, engines) if args.resume else None) or {"step": 0, "best": float("-inf")}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} "
@@ -481,7 +499,7 @@ def main(args: Args):
     print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs "
            f"each; writes {folder}")
     print_memory_plan(args, count_parameters(policy) + count_parameters(critic), sum(
-        count_parameters(model) for model in (ref_policy, reward_model, spare) if model))
+        count_parameters(model) for model in (ref_policy, reward_model, decoding_copy) if model))
     if args.lr <= 1e-6 and count_parameters(policy) < 1e8:
         print0(f"{'note':<22}--lr {args.lr:g} suits models of 1B parameters and more. This one has "
                f"{count_parameters(policy) / 1e6:.1f}M and will hardly move; its default is {Args.lr:g}")
@@ -490,7 +508,7 @@ def main(args: Args):
         """Continue the held-out prompts, with the same noise at every update and for every seed [E16]."""
         mine = range(rank(), len(eval_prompts), world_size())
         noise = sampling_noise(0, 0, mine, args.response_length)
-        decoder = rollout_weights(engines["policy"], spare).eval()
+        decoder = rollout_weights(engines["policy"], decoding_copy).eval()
         queries, query_mask, responses, lengths, ended = rollout(
             decoder, [eval_prompts[i] for i in mine], noise, args, tokenizer, forbidden, eos_ids, device)
         mask, _ = response_masks(lengths, args.response_length)
@@ -499,10 +517,12 @@ def main(args: Args):
             ids = torch.cat([queries[rows], responses[rows]], dim=1)
             whole_mask = torch.cat([query_mask[rows], mask[rows]], dim=1)
             with torch.no_grad():
-                new, ref = (token_logprobs(response_logits(model, ids, whole_mask, args.response_length,
-                            args.temperature, forbidden), responses[rows]) for model in (decoder, ref_policy))
-            kl[rows] = k1(new, ref) * mask[rows]
-        texts = [eval_prompts[i][1] for i in mine], tokenizer.batch_decode(responses, skip_special_tokens=True)
+                window = ids, whole_mask, args.response_length, args.temperature, forbidden
+                logprobs = token_logprobs(response_logits(decoder, *window), responses[rows])
+                ref_logprobs = token_logprobs(response_logits(ref_policy, *window), responses[rows])
+            kl[rows] = k1(logprobs, ref_logprobs) * mask[rows]
+        texts = [eval_prompts[i][1] for i in mine], decode_responses(
+            tokenizer, [eval_prompts[i][0] for i in mine], responses)
         scores = score_responses(
             reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
         columns = {"query": texts[0], "response": texts[1], "score": scores.tolist(), "kl": kl.sum(1).tolist(),
@@ -535,13 +555,14 @@ def main(args: Args):
         episodes = range(first + rank(), first + args.batch_size, world_size())
         batch_prompts = [prompts[i] for i in prompts_of_episodes(episodes, len(prompts), args.seed)]
         noise = sampling_noise(args.seed, update, episodes, args.response_length)
-        decoder = rollout_weights(engines["policy"], spare).eval()
+        decoder = rollout_weights(engines["policy"], decoding_copy).eval()
         queries, query_mask, responses, lengths, ended = rollout(
             decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
         engines["policy"].train()
         mask, value_mask = response_masks(lengths, args.response_length)  # (B, Tr) bool, True = counts
         query_lengths, response_lengths = [len(ids) for ids, _ in batch_prompts], lengths.tolist()
-        texts = [text for _, text in batch_prompts], tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = [text for _, text in batch_prompts], decode_responses(
+            tokenizer, [ids for ids, _ in batch_prompts], responses)
         clock.append(time.time())
 
         # 4. scores
@@ -558,12 +579,12 @@ def main(args: Args):
                 rows.sort(key=lambda i: query_lengths[i] + response_lengths[i])
             plan.append([chunks(rows, args.micro_batch_size) for rows in minibatches])
         logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr)
-        for rows in (rows for minibatch in plan[0] for rows in minibatch):
-            ids, mb_mask, tr = cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+        for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
+            ids, mb_mask, tr = trim_padding(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
             with torch.no_grad():
                 logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
                 ref_logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
-                mb_values = engines["critic"](ids, mb_mask)[:, -tr - 1 :][:, : args.response_length]
+                mb_values = state_values(engines["critic"], ids, mb_mask, tr, args.response_length)
             logprobs[rows, :tr] = token_logprobs(logits, responses[rows, :tr])
             ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
             entropies[rows, :tr] = token_entropies(logits)
@@ -584,8 +605,8 @@ def main(args: Args):
                            saved_on_failure, folder, update)
 
         # 7. update: epochs x minibatches optimizer steps
-        sums = torch.zeros(7, device=device)  # over counted tokens, then divided by their number on all ranks
-        counted, grad_norms = torch.zeros(2, device=device), torch.zeros(2, device=device)
+        token_sums, state_sums = torch.zeros(5, device=device), torch.zeros(2, device=device)  # over all that count
+        counted, grad_norms = torch.zeros(2, device=device), torch.zeros(2, device=device)  # of tokens and states
         ratio_max = torch.zeros((), device=device)
         for epoch in range(args.num_ppo_epochs):
             for m, minibatch in enumerate(plan[epoch]):
@@ -594,7 +615,8 @@ def main(args: Args):
                 counted += counts
                 drift = torch.zeros((), device=device)
                 for rows in minibatch:
-                    ids, mb_mask, tr = cut(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+                    ids, mb_mask, tr = trim_padding(
+                        rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
                     logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
                     new_logprobs = token_logprobs(logits, responses[rows, :tr])  # (b, tr)
                     token_mask = mask[rows, :tr]
@@ -603,7 +625,7 @@ def main(args: Args):
                     pg_loss = (pg_losses * token_mask).sum()
                     engines["policy"].backward(pg_loss / counts[0] * world_size())  # [E2] DeepSpeed averages ranks
 
-                    new_values = engines["critic"](ids, mb_mask)[:, -tr - 1 :][:, : args.response_length]
+                    new_values = state_values(engines["critic"], ids, mb_mask, tr, args.response_length)
                     tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well
                     vf_losses, vf_clipped = value_losses(
                         new_values, values[rows, :tv], returns[rows, :tv], args.cliprange_value)
@@ -614,10 +636,10 @@ def main(args: Args):
                         log_ratio = (new_logprobs - logprobs[rows, :tr]) * token_mask
                         drift = torch.maximum(drift, log_ratio.abs().max())
                         ratio_max = torch.maximum(ratio_max, log_ratio.max().exp())
-                        sums += torch.stack([
+                        token_sums += torch.stack([
                             pg_loss, (pg_clipped * token_mask).sum(), 0.5 * (log_ratio**2).sum(),
-                            (log_ratio.exp() * token_mask).sum(), (log_ratio.exp() ** 2 * token_mask).sum(),
-                            vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()])
+                            (log_ratio.exp() * token_mask).sum(), (log_ratio.exp() ** 2 * token_mask).sum()])
+                        state_sums += torch.stack([vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()])
                 if epoch == m == 0:  # [E14] nothing is trained yet: the ratio must be 1
                     drift = float(all_max(drift))
                     if drift > 1e-4 and args.bf16:
@@ -632,11 +654,10 @@ def main(args: Args):
         # 8. log: masked means over counted tokens or over episodes, on all ranks [E8]
         episode_sums = all_sum(torch.stack([x.sum() for x in (
             scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(),
-            torch.tensor(golds, device=device))]))
+            torch.tensor(golds, device=device))]))  # no golds without a judge
         score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
-        sums = all_sum(sums)
-        pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (sums[:5] / counted[0]).tolist()
-        vf_loss, vf_clipfrac = (sums[5:] / counted[1]).tolist()
+        pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (all_sum(token_sums) / counted[0]).tolist()
+        vf_loss, vf_clipfrac = (all_sum(state_sums) / counted[1]).tolist()
         steps = args.num_ppo_epochs * args.num_minibatches
         residual = returns - values
         unexplained = masked_mean((residual - masked_mean(residual, value_mask)) ** 2, value_mask)

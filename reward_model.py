@@ -30,10 +30,11 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed
-from utils.launch import optimizer_step, print0, print_memory_plan, world_size
+from utils.launch import all_sum, check_batch_size, check_flags, create_engine, finish, gather_rows
+from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
 from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
-from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
+from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
+from utils.run import stop_if_not_finite
 
 
 @dataclass
@@ -235,7 +236,8 @@ def evaluate(engine, pairs, tokenizer, args):
     other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never a pair's own prompt, unless there is only one
     strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")]
                  for row in rows]
-    strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length] or [pair[:2] for pair in pairs]
+    strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length]
+    strangers = strangers or [pair[:2] for pair in pairs]  # none fits: this baseline then equals the accuracy
     shuffled = accuracy(*(score(sequences) for sequences in zip(*strangers)))
     lengths, all_scores = [len(ids) for ids in chosen + rejected], chosen_scores + rejected_scores
     varied = len(set(lengths)) > 1 and len(set(all_scores)) > 1  # else there is no correlation
@@ -256,13 +258,15 @@ def evaluate(engine, pairs, tokenizer, args):
 
 def main(args: Args):
     # 1. ranks, data, model
+    check_flags(args)
     check_batch_size(args.batch_size)
     device = init_distributed(args.timeout_minutes)
+    folder = choose_folder(args, "reward_model")
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_pairs(args.train_data, "--train_data", tokenizer, args)
     held_out = {path: load_pairs(path, "--eval_data", tokenizer, args) for path in args.eval_data}
     demonstrations = load_demonstrations(args.demonstrations, "--demonstrations", tokenizer, args)
-    model = load_classifier(args.model, "--model", tokenizer)  # [detail 7] without dropout
+    model = load_classifier(args.model, "--model", tokenizer, new_head=True)  # [detail 7] without dropout
     check_length(model, args.max_length, "--max_length")
     model.config.reward_mean = 0.0
     init_head(model, args.seed)
@@ -274,9 +278,7 @@ def main(args: Args):
     engine = create_engine(scalar_model, optimizer, args)
 
     # 2. output folder, schedule, resume
-    if args.epochs < 1:
-        fail(f"--epochs {args.epochs}: at least 1")
-    folder = open_run(args, "reward_model")
+    open_folder(folder, args, "reward_model")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)

@@ -26,10 +26,12 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, check_batch_size, create_engine, fail, finish, gather_rows, init_distributed
-from utils.launch import optimizer_step, print0, print_memory_plan, rollout_weights, world_size
-from utils.models import check_length, count_parameters, eos_token_ids, load_causal_lm, load_tokenizer, save_model
-from utils.run import Tracker, load_checkpoint, model_card, open_run, save_checkpoint, stop_if_not_finite
+from utils.launch import all_sum, check_batch_size, check_flags, create_engine, finish, gather_rows
+from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights, world_size
+from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
+from utils.models import load_tokenizer, save_model
+from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
+from utils.run import stop_if_not_finite
 
 
 @dataclass
@@ -143,7 +145,8 @@ def collate(items, tokenizer, completion_only, device):
     labels = ids.masked_fill(~mask, -100)  # [detail 3] PAD is never a target; it is not EOS, so EOS is one
     for i, item in enumerate(items):
         if item is None or completion_only:
-            labels[i, : item[1] if item else None] = -100  # [detail 9] the paper counts prompt tokens too
+            uncounted = item[1] if item else len(sequences[i])
+            labels[i, :uncounted] = -100  # [detail 9] the paper counts prompt tokens too
     return ids, mask, labels
 
 
@@ -205,7 +208,7 @@ def sample(model, items, tokenizer, args, device):
             do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
             eos_token_id=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
         )[:, ids.shape[1] :]
-        responses = tokenizer.batch_decode(output, skip_special_tokens=True)
+        responses = decode_responses(tokenizer, sequences, output)
         rows += [{"query": prompt, "response": response, "reference": row.get("completion", "")}
                  for row, prompt, response in zip(rows_in, prompts, responses)]
     return rows
@@ -226,14 +229,20 @@ def rouge(rows):
 
 def main(args: Args):
     # 1. ranks, data, model
+    check_flags(args)
     check_batch_size(args.batch_size)
     device = init_distributed(args.timeout_minutes)
+    folder = choose_folder(args, "sft")
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_demonstrations(args.train_data, "--train_data", tokenizer, args)
     held_out = load_demonstrations(args.eval_data, "--eval_data", tokenizer, args)
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
-    spare = load_causal_lm(args.model, "--model", tokenizer, args.bf16).to(device) if args.zero_stage == 3 else None
+    decoding_copy = None  # at ZeRO 3 the model is in pieces: a whole copy to decode with
+    if args.zero_stage == 3:
+        decoding_copy = load_causal_lm(args.model, "--model", tokenizer, args.bf16).to(device)
+    longest_prompt = max((prompt_length for _, prompt_length, _ in held_out[: args.num_samples]), default=0)
     check_length(model, args.max_length, "--max_length")
+    check_length(model, longest_prompt + args.response_length, "the longest prompt + --response_length")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(device)
@@ -242,9 +251,7 @@ def main(args: Args):
     engine = create_engine(model, optimizer, args)
 
     # 2. output folder, schedule, resume
-    if args.epochs < 1:
-        fail(f"--epochs {args.epochs}: at least 1")
-    folder = open_run(args, "sft")
+    open_folder(folder, args, "sft")
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)
@@ -254,12 +261,12 @@ def main(args: Args):
            f"{device.type}")
     print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} sequences = {args.epochs} epochs; writes {folder}")
     print_memory_plan(args, count_parameters(model))
-    show_example(tokenizer, train[0][0], [i >= len(train[0][0]) - count_labels(train[0], args.completion_only)
-                                          for i in range(len(train[0][0]))])
+    example, uncounted = train[0][0], len(train[0][0]) - count_labels(train[0], args.completion_only)
+    show_example(tokenizer, example, [i >= uncounted for i in range(len(example))])
 
     def evaluate(step):
         metrics = evaluate_loss(engine, held_out, tokenizer, args)
-        decoder = rollout_weights(engine, spare).eval()
+        decoder = rollout_weights(engine, decoding_copy).eval()
         mine = [item for item in rows_of_this_rank(held_out[: args.num_samples]) if item]
         rows = gather_rows(sample(decoder, mine, tokenizer, args, device))
         engine.train()

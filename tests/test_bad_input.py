@@ -3,6 +3,7 @@
 Every case calls main(Args(...)) of a script in this process. `refused` compares the whole folder before and after.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, tiny_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
@@ -18,6 +20,7 @@ import ppo
 import reward_model
 import sft
 from utils.data import load_rows
+from utils.launch import ABOVE_0, AT_LEAST_0, AT_LEAST_1, AT_MOST_1
 
 ROWS = [
     {"prompt": "She was", "completion": " happy.", "chosen": " happy.", "rejected": " tired of it."},
@@ -163,6 +166,40 @@ def test_damaged_weights_are_named(script, flag, inputs, tmp_path, refused):
     assert f"--{flag} {folder}" in message and "cannot load" in message
 
 
+@pytest.mark.parametrize("script, flag, other, words", named([
+    (sft, "model", "rm", "this is a reward model or critic"), (ppo, "sft_model", "rm", "this is a reward model or critic"),
+    (ppo, "reward_model", "lm", "it has no score head")]))
+def test_model_of_another_kind_is_refused(script, flag, other, words, inputs, tmp_path, refused):
+    """A reward model as language model, or the reverse, would train a random head: refused."""
+    path = str(inputs / other)
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: path}))
+    assert f"--{flag} {path}" in message and words in message
+
+
+def test_weights_that_lack_a_tensor_are_refused(inputs, tmp_path, refused):
+    """A model file without one of its weights is refused, by the tensor's name."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["gpt_neox.layers.0.mlp.dense_4h_to_h.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refused(sft, good_args(sft, inputs, output_dir=str(tmp_path / "out"), model=str(folder)))
+    assert f"--model {folder}" in message and "layers.0.mlp.dense_4h_to_h.weight" in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_stored_sampling_settings_do_not_lose_the_run(script, inputs, tmp_path):
+    """A generation config that transformers would refuse to save is reduced to its token ids, EOS kept."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    stored = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [0, 7]}
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    flag = "sft_model" if script is ppo else "model"
+    script.main(good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    if script is not reward_model:
+        saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+        assert saved["eos_token_id"] == [0, 7] and "temperature" not in saved and "top_p" not in saved
+
+
 @pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
 def test_pad_equal_to_eos_is_refused(script, flag, inputs, tmp_path, refused):
     """A tokenizer whose PAD is its EOS is refused by every script, and the line says how to get another PAD."""
@@ -172,7 +209,7 @@ def test_pad_equal_to_eos_is_refused(script, flag, inputs, tmp_path, refused):
     tokenizer.save_pretrained(folder)
     message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
     assert f"--{flag} {folder}" in message and "PAD token is its EOS token" in message
-    assert "Remove pad_token from tokenizer_config.json" in message
+    assert "Save a copy whose tokenizer_config.json has no pad_token" in message
 
 
 @pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
@@ -204,6 +241,21 @@ def test_prompt_and_response_longer_than_the_positions_are_refused(inputs, tmp_p
     assert "--max_prompt_length + --response_length = 129" in message and "128 positions" in message
     just_fits = {**too_long, "response_length": 28, "reward_model": str(tmp_path / "gone")}
     assert "positions" not in refused(ppo, good_args(ppo, inputs, **just_fits))
+
+
+def test_reward_model_with_fewer_positions_is_refused(inputs, tmp_path, refused):
+    """PPO refuses a reward model whose positions do not hold prompt and response."""
+    folder = shutil.copytree(inputs / "rm", tmp_path / "rm")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30}))
+    message = refused(ppo, good_args(ppo, inputs, reward_model=str(folder), output_dir=str(tmp_path / "out")))
+    assert "30 positions" in message
+
+
+def test_sample_longer_than_the_positions_is_refused(inputs, tmp_path, refused):
+    """sft.py refuses a response length that the positions do not hold behind the longest prompt that it samples."""
+    message = refused(sft, good_args(sft, inputs, response_length=128, output_dir=str(tmp_path / "out")))
+    assert "--response_length" in message and "128 positions" in message
 
 
 @pytest.mark.parametrize("script", [sft, reward_model], ids=lambda script: script.__name__)
@@ -248,12 +300,17 @@ def test_data_file_empty_is_named(name, content, inputs, tmp_path, refused):
     file.write_text(content)
     message = refused(sft, with_data(sft, inputs, "train_data", file, tmp_path / "out"))
     assert f"--train_data {file}" in message
+    assert "no rows in it" in message or name == "rows.parquet"
 
 
-def test_broken_json_line_number_is_named(inputs, tmp_path, refused):
+@pytest.mark.parametrize("name, content", [
+    ("rows.jsonl", json.dumps(ROWS[0]) + "\n\n" + '{"prompt": "He had", "completion": \n'),
+    ("rows.json", "[" + json.dumps(ROWS[0]) + ',\n\n{"prompt": "He had", "completion": ]'),
+    ("rows.json", json.dumps(ROWS[0]) + "\n\n" + '{"prompt": "He had", "completion": \n')])
+def test_broken_json_line_number_is_named(name, content, inputs, tmp_path, refused):
     """Broken JSON is reported with the line of the file, blank lines counted."""
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(ROWS[0]) + "\n\n" + '{"prompt": "He had", "completion": \n')
+    file = tmp_path / name
+    file.write_text(content)
     message = refused(sft, with_data(sft, inputs, "train_data", file, tmp_path / "out"))
     assert f"--train_data {file}, line 3" in message and "broken JSON" in message
 
@@ -261,7 +318,8 @@ def test_broken_json_line_number_is_named(inputs, tmp_path, refused):
 @pytest.mark.parametrize("name, content, fragment", [
     ("rows.jsonl", '["She was", " happy."]\n', "line 1: not a JSON object"),
     ("rows.jsonl", b"\xff\xfe\x00", "not UTF-8"),
-    ("rows.json", "[{", "cannot be read"),
+    ("rows.json", "[1, 2]", "not a list of JSON objects"),
+    ("rows.csv", 'prompt,completion\n"She was, happy.\n', "cannot be read as CSV"),
     ("rows.parquet", "not parquet", "cannot be read"),
     ("rows.txt", "She was happy.\n", "unknown kind of file. Understood: .jsonl, .json, .csv, .parquet")])
 def test_unreadable_file_says_why(name, content, fragment, inputs, tmp_path, refused):
@@ -374,6 +432,12 @@ def test_load_rows_skips_byte_order_mark_and_blank_lines(tmp_path):
     assert load_rows(str(file), "--train_data", [("prompt", "completion")]) == ROWS
 
 
+def test_load_rows_drops_columns_of_the_other_alternatives(tmp_path):
+    """Rows with text and completion, but no prompt, are text rows: no script takes them for half of a pair."""
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "She was happy.", "completion": " happy.", "id": 3}])
+    assert load_rows(file, "--train_data", [("prompt", "completion"), ("text",)]) == [{"text": "She was happy.", "id": 3}]
+
+
 def test_load_rows_keeps_words_that_look_like_missing_values(tmp_path):
     """The words None, NA and null in a CSV file are text like any other."""
     rows = [{"prompt": word, "completion": f" {word}."} for word in ("None", "NA", "null", "She")]
@@ -437,6 +501,39 @@ def test_offload_without_zero_names_both_flags(inputs, tmp_path, refused):
         assert "--offload_optimizer" in message and "--zero_stage 2 or 3" in message
 
 
+# ---- Numbers ----------------------------------------------------------------------------------------------
+
+
+def numeric_flags():
+    """(script, name, refused value) of each flag that is a number: one below its range, and one above if it has an end."""
+    for script in SCRIPTS:
+        for field in dataclasses.fields(script.Args):
+            name = field.name
+            if name in AT_LEAST_1:
+                yield script, name, 0
+            if name in AT_LEAST_0 | AT_MOST_1 | {"zero_stage"}:
+                yield script, name, -1
+            if name in ABOVE_0:
+                yield script, name, 0
+            if name in AT_MOST_1 | {"zero_stage"}:
+                yield script, name, 1.5
+
+
+@pytest.mark.parametrize("script, name, value", named(numeric_flags()))
+def test_number_out_of_range_is_named(script, name, value, inputs, tmp_path, refused):
+    """A number that makes no sense is refused with its flag and its range."""
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{name: value}))
+    assert f"--{name} {value}: must be " in message
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_every_number_has_a_range(script):
+    """Each int or float flag is in a table of ranges, but for those that may be anything."""
+    free = {"local_rank", "missing_eos_score"}
+    numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in (int, float)}
+    assert numbers - free <= AT_LEAST_1 | AT_LEAST_0 | ABOVE_0 | AT_MOST_1 | {"zero_stage"}
+
+
 # ---- Output folder and resume -----------------------------------------------------------------------------
 
 
@@ -465,6 +562,27 @@ def test_overwrite_deletes_no_foreign_folder(script, inputs, tmp_path, refused):
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), overwrite=True))
     assert f"--overwrite {tmp_path / 'out'}" in message and "not a run" in message
+    (tmp_path / "out" / "args.json").write_text("{}")  # other programs write files of this name too
+    assert "not a run" in refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), overwrite=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_overwrite_deletes_no_input(script, inputs, finished_runs, tmp_path, refused):
+    """--overwrite of a run that holds the model, or the data, of this run is refused."""
+    folder = shutil.copytree(finished_runs / "sft", tmp_path / "out")
+    data = shutil.copy(inputs / "rows.jsonl", folder / "checkpoints.jsonl")
+    flag, data_flag = ("sft_model", "prompts") if script is ppo else ("model", "train_data")
+    for args in (good_args(script, inputs, output_dir=str(folder), overwrite=True, **{flag: str(folder)}),
+                 with_data(script, inputs, data_flag, data, folder, overwrite=True)):
+        message = refused(script, args)
+        assert f"--overwrite {folder}" in message and "lies in it" in message
+
+
+def test_resume_of_another_scripts_run_is_refused(inputs, finished_runs, tmp_path, refused):
+    """--resume in the folder of another script's run says so, and lists no flags."""
+    folder = shutil.copytree(finished_runs / "ppo", tmp_path / "out")
+    message = refused(sft, good_args(sft, inputs, output_dir=str(folder), resume=True))
+    assert "not a run of sft.py" in message and "batch_size" not in message
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
@@ -529,6 +647,9 @@ JUDGES = '''
 def one_too_few(queries, responses):
     return [1.0] * (len(queries) - 1)
 
+def not_a_number(queries, responses):
+    return [float("nan") if query == "He had" else 0.0 for query in queries]
+
 def words(queries, responses):
     return ["good" for _ in queries]
 
@@ -556,8 +677,8 @@ def test_judge_that_cannot_be_imported_is_named(flag, spec, inputs, tmp_path, ju
 
 @pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
 @pytest.mark.parametrize("name, fragments", [
-    ("dislikes_houses", ["query 'He had'", "division by zero"]), ("words", ["could not convert", "'good'"]),
-    ("one_too_few", ["returned 1 scores for 2 responses"])])
+    ("dislikes_houses", ["query 'He had'", "ZeroDivisionError"]), ("words", ["could not convert", "'good'"]),
+    ("one_too_few", ["returned 1 scores for 2 responses"]), ("not_a_number", ["returned nan", "query 'He had'"])])
 def test_judge_that_fails_names_the_row(flag, name, fragments, inputs, tmp_path, judges, refused):
     """A judge that raises, or returns no numbers or too few, is named with the row or the counts."""
     args = good_args(ppo, inputs, output_dir=str(tmp_path / "out"), **{flag: f"bad_input_judges:{name}"})

@@ -22,9 +22,10 @@ from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceCl
 import ppo
 import reward_model
 import sft
-from utils.data import rows_of_this_rank
+from utils.data import call_judge, rows_of_this_rank
 from utils.launch import all_max, all_sum, create_engine, gather_rows, init_distributed, rank, rollout_weights
 from utils.models import count_parameters, load_causal_lm, load_tokenizer, save_model
+from utils.run import stop_if_not_finite
 
 SEED = 5
 
@@ -71,11 +72,28 @@ def collectives():
     }
 
 
+def bad_judge(queries, responses):
+    return [float("nan") if rank() == 1 else 0.0 for _ in queries]
+
+
+def stopped(function, *args):
+    """What this rank prints when a function ends the program, or None if it does not."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            function(*args)
+        except SystemExit:
+            return printed.getvalue()
+
+
 def worker(inputs, out):
     for script in (sft, reward_model, ppo):
         script.finish = lambda: None  # it ends the process group, which the next case needs
     init_distributed(5.0)
     (out / f"collectives_{rank()}.json").write_text(json.dumps(collectives()))
+    (out / f"stopped_{rank()}.json").write_text(json.dumps([
+        stopped(stop_if_not_finite, {"loss": 1.0, "norm": float("nan") if rank() == 1 else 2.0}, {}, out, 7),
+        stopped(call_judge, bad_judge, "--reward_function", ["She was"], [" happy"]),
+        stopped(stop_if_not_finite, {"loss": 1.0}, {}, out, 8)]))
 
     # saving and decoding weights that ZeRO 3 keeps in pieces
     tokenizer = load_tokenizer(str(inputs / "lm"), "--model")
@@ -227,6 +245,14 @@ def test_gather_rows_restores_the_order(both):
     for results in both:
         assert results["gathered"] == list("abcde")
         assert results["gathered_short"] == ["a"]
+
+
+def test_a_fault_on_one_rank_stops_all(two):
+    """A NaN, or a judge's fault, on rank 1 ends both ranks; rank 0 prints the line and no rank is left in a collective."""
+    texts = [json.loads((two / f"stopped_{number}.json").read_text()) for number in (0, 1)]
+    assert "step 7: norm is not finite" in texts[0][0] and "bad_batch_rank1.pt" in texts[0][0]
+    assert "--reward_function: it returned nan on query 'She was'" in texts[0][1]
+    assert texts[1][:2] == ["", ""] and [text[2] for text in texts] == [None, None]
 
 
 # ---- Weights in pieces ------------------------------------------------------------------------------------

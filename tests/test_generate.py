@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
 import ppo
 from utils.data import pad
+from utils.models import decode_responses
 
 EOS, PAD = 0, 60
 FORBIDDEN = torch.arange(64) == PAD
@@ -226,6 +229,27 @@ def test_detail_E12_forbidden_tokens_and_pad_are_never_sampled(tiny_lm):
     noise = uniforms(64, 6)
     noise[0], noise[1] = 0, 1 - 2**-53
     assert not torch.isin(sample(tiny_lm, queries, mask, noise, forbidden=forbidden, eos=()), torch.tensor([60, 62, 63])).any()
+
+
+def test_detail_E12_every_other_token_may_be_sampled():
+    """Ids of a vocabulary with gaps: tokens behind a gap stay, PAD and ids without a token are forbidden."""
+    words = Tokenizer(WordLevel({"a": 0, "b": 1, "[PAD]": 3, "c": 5, "</s>": 8}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="[PAD]")
+    allowed = (~ppo.forbidden_tokens(tokenizer, 10)).nonzero().squeeze(1)
+    assert allowed.tolist() == [0, 1, 5, 8]
+
+
+# ---- Texts ------------------------------------------------------------------------------------------------
+
+
+def test_responses_keep_their_leading_space():
+    """A tokenizer that drops the first word's space when ids are decoded alone gives whole texts here."""
+    metaspace = Tokenizer(WordLevel({"\u2581She": 0, "\u2581was": 1, "\u2581happy": 2, "</s>": 3, "[PAD]": 4}, unk_token="</s>"))
+    metaspace.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=metaspace, eos_token="</s>", pad_token="[PAD]")
+    responses = torch.tensor([[2, 3, 4], [1, 2, 3]])
+    assert tokenizer.decode([2]) == "happy"
+    assert decode_responses(tokenizer, [[0, 1], [0]], responses) == [" happy", " was happy"]
 
 
 # ---- Logits of a response ---------------------------------------------------------------------------------

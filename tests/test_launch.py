@@ -19,6 +19,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, tiny_config
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
@@ -26,11 +27,19 @@ import ppo
 import reward_model
 import sft
 from utils.launch import deepspeed_config
-from utils.run import open_run
+from utils.plots import plot_runs
+from utils.run import choose_folder, open_folder
 
 SCRIPTS = [sft, reward_model, ppo]
 COMPILERS = ["cc", "gcc", "g++", "c++", "clang", "clang++", "nvcc", "ninja"]
 SMALL_PPO = ["--total_episodes", "8", "--batch_size", "4", "--num_eval_prompts", "4", "--response_length", "8"]
+
+
+def open_run(args, name):
+    """Choose and make the folder of a run, as the scripts do."""
+    folder = choose_folder(args, name)
+    open_folder(folder, args, name)
+    return folder
 
 
 def environment(**changes):
@@ -87,7 +96,7 @@ def test_deepspeed_launcher_trains_at_the_rate_of_large_models(tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["episodes"] == 8
 
 
-def test_no_compiler_is_needed(tiny_base, tmp_path):
+def test_no_compiler_is_needed(tmp_path):
     """The launcher, gloo on the CPU and CPU offload at ZeRO 2 run where no compiler can be found; nothing is built."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "deepspeed").symlink_to(deepspeed_command())
@@ -96,8 +105,7 @@ def test_no_compiler_is_needed(tiny_base, tmp_path):
         env.pop(name, None)
     look = f"import shutil; print([name for name in {COMPILERS} if shutil.which(name)])"
     assert run([sys.executable, "-c", look], env).stdout.strip() == "[]"
-    done = run(["deepspeed", "ppo.py", "--zero_stage", "2", "--offload_optimizer", "--sft_model", str(tiny_base),
-                "--reward_model", str(tiny_base), *SMALL_PPO, "--output_dir", str(tmp_path / "out")], env)
+    done = run(["deepspeed", "ppo.py", "--zero_stage", "2", "--offload_optimizer", *SMALL_PPO, "--output_dir", str(tmp_path / "out")], env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "summary.json").is_file()
     assert not list(tmp_path.glob("extensions/**/*.so"))
@@ -264,3 +272,20 @@ def test_deepspeed_config_leaves_accumulation_to_the_script():
     config = deepspeed_config(ppo.Args())
     assert config["managed_gradient_accumulation"] is False
     assert config["gradient_accumulation_steps"] == 1
+
+
+# ---- Plots ------------------------------------------------------------------------------------------------
+
+
+def test_mean_curve_is_over_shared_evaluations(tmp_path, monkeypatch):
+    """Runs evaluated at other updates: the thick line has the episodes that all of them share, and their mean there."""
+    for name, every, scale in (("a", 1, 1.0), ("b", 2, 3.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text('{"batch_size": 10}')
+        rows = [{"step": step, "eval/score": scale * step, "eval/kl": 1.0} for step in range(0, 5, every)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: lines.append((x, y)) or plot(self, x, y, **style))
+    plot_runs(tmp_path / "out.png", [tmp_path / "a", tmp_path / "b"])
+    assert lines[2] == ([0, 20, 40], [0.0, 4.0, 8.0])
+    assert (tmp_path / "out.png").stat().st_size > 1000

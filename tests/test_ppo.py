@@ -297,7 +297,7 @@ def test_detail_23_score_without_eos_is_replaced(scored):
     assert torch.equal(replaced[[0, 2]], kept[[0, 2]])
 
 
-def test_cut_drops_only_columns_of_padding(tiny_lm):
+def test_trim_padding_drops_only_columns_of_padding(tiny_lm):
     """A micro-batch has its rows' tokens, no column that is padding in all of them, and the same logits (T36)."""
     lengths, widths = [2, 5, 3, 1], [4, 1, 2, 6]
     torch.manual_seed(0)
@@ -307,7 +307,7 @@ def test_cut_drops_only_columns_of_padding(tiny_lm):
     whole = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
     full = ppo.response_logits(tiny_lm, *whole, 6, 0.7, forbidden)
     for rows, shape in (([0, 2], (3, 4)), ([3], (1, 6)), ([1, 0], (5, 4)), ([0, 1, 2, 3], (5, 6))):
-        ids, ids_mask, width = ppo.cut(rows, queries, query_mask, responses, mask, lengths, widths)
+        ids, ids_mask, width = ppo.trim_padding(rows, queries, query_mask, responses, mask, lengths, widths)
         assert (ids.shape[1] - width, width) == shape and ids_mask.any(0).all()
         assert [row[m].tolist() for row, m in zip(ids, ids_mask)] == [whole[0][i][whole[1][i]].tolist() for i in rows]
         logits = ppo.response_logits(tiny_lm, ids, ids_mask, width, 0.7, forbidden)
@@ -395,7 +395,7 @@ def weights(folder):
 
 
 SPIED = ("rollout", "sampling_noise", "score_responses", "k3", "token_rewards", "gae", "masked_whiten", "policy_losses",
-         "value_losses", "cut")
+         "value_losses", "trim_padding")
 
 
 @pytest.fixture(scope="module")
@@ -427,7 +427,7 @@ def spied(assets, tmp_path_factory):
             kl=calls["token_rewards"][u].args[0], rewards=calls["gae"][u].args[0], values=calls["gae"][u].args[1],
             advantages=calls["masked_whiten"][u].result, returns=calls["gae"][u].result[1],
             policy_losses=train, value_losses=calls["value_losses"][8 * u : 8 * u + 8],
-            cuts=calls["cut"][12 * u + 4 : 12 * u + 12]))
+            cuts=calls["trim_padding"][12 * u + 4 : 12 * u + 12]))
     return SimpleNamespace(calls=calls, steps=steps, folder=folder, flags=assets, before=before, metrics=metrics,
                            policy=policy, reward_model=reward_model, updates=updates)
 
@@ -747,6 +747,25 @@ def test_resumed_run_is_bit_identical(long_run, tmp_path):
     for summary in summaries:
         del summary["seconds_this_process"]
     assert summaries[0] == summaries[1]
+
+
+def test_resume_passes_over_a_damaged_checkpoint(long_run, tmp_path):
+    """A newest checkpoint with four wrong bytes, and a sample cut off in the middle: same end, from the one before."""
+    folder = tmp_path / "run"
+    shutil.copytree(long_run.folder, folder)
+    for name in ("summary.json", "model.safetensors", "critic/model.safetensors"):
+        (folder / name).unlink()
+    damaged = folder / "checkpoints/step_0000004/policy/mp_rank_00_model_states.pt"
+    with open(damaged, "r+b") as file:
+        file.seek(5000)
+        file.write(b"\0\1\2\3")
+    with open(folder / "samples.jsonl", "a") as file:
+        file.write('{"step": 5, "query": "a}')
+    steps = []
+    run(long_run.flags, folder, steps, resume=True)
+    assert len(steps) == 2 * 6 * 2  # updates 4 and 5 again
+    for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors"):
+        assert digest(folder / name) == digest(long_run.folder / name), name
 
 
 def digest(file):

@@ -81,7 +81,7 @@ def trained(tmp_path_factory, files):
 
 
 def load(folder, tokenizer):
-    model = reward_model.ScalarModel(load_classifier(str(folder), "--model", tokenizer))
+    model = reward_model.ScalarModel(load_classifier(str(folder), "--model", tokenizer, new_head=True))
     model.device = torch.device("cpu")
     return model
 

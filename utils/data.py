@@ -1,7 +1,9 @@
 """Plumbing for data: files and Hub sets into rows, permutations, padding, and a word on what was read."""
 
+import csv
 import importlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -9,26 +11,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.launch import fail, print0, rank, world_size
+from utils.launch import fail, fail_together, print0, rank, world_size
 from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_rows(path, flag, columns, split="train"):
+def load_rows(path, flag, columns):
     """Rows of a data set as a list of dicts.
 
     path: a .jsonl, .json, .csv or .parquet file, a local folder that `datasets` can read, or a Hub id.
-    columns: the alternatives of columns that the script understands, e.g. [("text",), ("prompt", "completion")];
-        the first alternative that the rows have is checked: text in every row, named with its line otherwise.
+    columns: the alternatives of columns that the script understands, e.g. [("prompt", "completion"), ("text",)];
+        the first one that the rows have counts: it must be text in every row, and the other alternatives are dropped.
     """
     file = Path(path)
     if file.is_file():
         if file.suffix not in FORMATS:
             fail(f"{flag} {path}: unknown kind of file. Understood: {', '.join(FORMATS)}, a folder or a Hub id")
-        rows = _read_jsonl(path, flag) if file.suffix == ".jsonl" else _read_with_datasets(path, flag, split)
+        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+        rows = readers.get(file.suffix, _read_with_datasets)(path, flag)
     elif file.is_dir() or (is_hub_id(path) and file.suffix not in FORMATS):
-        rows = _read_with_datasets(path, flag, split)
+        rows = _read_with_datasets(path, flag)
     else:
         fail(f"{flag} {path}: no such file or folder")
     if not rows:
@@ -37,7 +40,10 @@ def load_rows(path, flag, columns, split="train"):
     if wanted is None:
         understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
         fail(f"{flag} {path}: found the columns {{{', '.join(rows[0])}}}; understood are {understood}")
+    others = {name for names in columns for name in names} - set(wanted)
     for number, row in enumerate(rows, 1):
+        for name in others & set(row):
+            del row[name]
         for name in wanted:
             if not isinstance(row.get(name), str):
                 fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
@@ -46,36 +52,61 @@ def load_rows(path, flag, columns, split="train"):
 
 def _read_jsonl(path, flag):
     rows = []
-    with open(path, encoding="utf-8-sig", errors="strict") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
-                        fail(f"{flag} {path}, line {number}: not a JSON object")
-        except json.JSONDecodeError as error:
-            fail(f"{flag} {path}, line {number}: broken JSON ({error.msg}, column {error.colno})")
-        except UnicodeDecodeError:
-            fail(f"{flag} {path}: not UTF-8 text")
+    for number, line in enumerate(_read_text(path, flag).split("\n"), 1):
+        if line.strip():
+            rows.append(_parse_json(line, path, flag, number))
+            if not isinstance(rows[-1], dict):
+                fail(f"{flag} {path}, line {number}: not a JSON object")
     return rows
 
 
-def _read_with_datasets(path, flag, split):
+def _read_json(path, flag):
+    text = _read_text(path, flag)
+    if not text.lstrip().startswith("["):
+        return _read_jsonl(path, flag)
+    rows = _parse_json(text, path, flag)
+    if not all(isinstance(row, dict) for row in rows):
+        fail(f"{flag} {path}: not a list of JSON objects")
+    return rows
+
+
+def _read_csv(path, flag):
+    csv.field_size_limit(sys.maxsize)
+    try:
+        return list(csv.DictReader(_read_text(path, flag).splitlines(keepends=True), strict=True))
+    except csv.Error as error:
+        fail(f"{flag} {path}: cannot be read as CSV ({error})")
+
+
+def _read_text(path, flag):
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        fail(f"{flag} {path}: not UTF-8 text")
+
+
+def _parse_json(text, path, flag, line=1):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        fail(f"{flag} {path}, line {line + error.lineno - 1}: broken JSON ({error.msg}, column {error.colno})")
+
+
+def _read_with_datasets(path, flag):
+    """The train split of a .parquet file, a folder or a Hub id."""
     import datasets
 
     datasets.disable_progress_bars()
-    kind = {".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(path).suffix)
     try:
-        if kind:
-            options = {"keep_default_na": False} if kind == "csv" else {}  # the word None is text, too
-            table = datasets.load_dataset(kind, data_files=path, split="train", **options)
+        if path.endswith(".parquet"):
+            table = datasets.load_dataset("parquet", data_files=path, split="train")
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(path)
-            table = table[split] if isinstance(table, datasets.DatasetDict) else table
+            table = table["train"] if isinstance(table, datasets.DatasetDict) else table
         else:
-            table = datasets.load_dataset(path, split=split)
+            table = datasets.load_dataset(path, split="train")
     except Exception as error:
-        fail(f"{flag} {path}: cannot be read ({first_line(error)})")
+        fail(f"{flag} {path}: cannot be read ({first_line(error.__cause__ or error)})")
     return table.to_list()
 
 
@@ -83,7 +114,9 @@ def load_function(spec, flag):
     """The function that `module:name` names, or None for None; the current folder is on the import path."""
     if spec is None:
         return None
-    module, _, name = spec.partition(":")
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        fail(f"{flag} {spec}: write it as module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -93,15 +126,20 @@ def load_function(spec, flag):
 
 
 def call_judge(function, flag, queries, responses):
-    """Scores of a Python judge as a list of floats, or one line that names what it did wrong."""
+    """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it."""
+    scores, wrong, row = [], None, None
     try:
         scores = [float(score) for score in function(queries, responses)]
+        if len(scores) != len(queries):
+            wrong = f"it returned {len(scores)} scores for {len(queries)} responses"
+        elif not all(map(math.isfinite, scores)):
+            row = next(i for i, score in enumerate(scores) if not math.isfinite(score))
+            wrong = f"it returned {scores[row]}"
     except Exception as error:
         row = next((i for i, pair in enumerate(zip(queries, responses)) if _raises(function, *pair)), None)
-        where = "" if row is None else f" on query {queries[row]!r:.60}, response {responses[row]!r:.60}"
-        fail(f"{flag}: it failed{where} ({first_line(error)})", every_rank=True)
-    if len(scores) != len(queries):
-        fail(f"{flag}: it returned {len(scores)} scores for {len(queries)} responses", every_rank=True)
+        wrong = f"it failed ({type(error).__name__}: {first_line(error)})"
+    where = "" if row is None else f" on query {queries[row]!r:.60}, response {responses[row]!r:.60}"
+    fail_together(wrong and f"{flag}: {wrong}{where}")
     return scores
 
 

@@ -12,11 +12,42 @@ import torch.distributed as dist
 # ---- Errors -----------------------------------------------------------------------------------------------
 
 
-def fail(message, every_rank=False):
-    """End the program with one line and exit code 1. Checks that all ranks make alike are printed by rank 0."""
-    if rank() == 0 or every_rank:
+# What flags of these names must be, in whatever script has them.
+AT_LEAST_1 = {
+    "epochs", "batch_size", "micro_batch_size", "rollout_batch_size", "total_episodes", "num_ppo_epochs",
+    "num_minibatches", "response_length", "max_length", "max_prompt_length", "num_eval_prompts", "eval_every",
+    "save_every", "log_every"}
+AT_LEAST_0 = {
+    "seed", "num_samples", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef", "vf_coef",
+    "cliprange", "cliprange_value"}
+ABOVE_0 = {"temperature", "top_p", "repetition_penalty", "timeout_minutes"}
+AT_MOST_1 = {"top_p", "gamma", "lam", "warmup_ratio"}
+
+
+def fail(message):
+    """End the program with exit code 1 and one line from rank 0. Every rank must come to the same verdict."""
+    if rank() == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
+
+
+def fail_together(message):
+    """Fail on every rank if any rank has a message; None: nothing is wrong here. Every rank must call it."""
+    wrong = next((found for found in gather_rows([message]) if found), None)
+    if wrong:
+        fail(wrong)
+
+
+def check_flags(args):
+    """Fail in one line on a number that makes no sense, before anything is loaded."""
+    for name, value in vars(args).items():
+        for names, holds, words in (
+            (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
+            (ABOVE_0, lambda x: x > 0, "above 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "between 0 and 1"),
+            ({"zero_stage"}, lambda x: x in (0, 2, 3), "0, 2 or 3"),
+        ):
+            if name in names and not holds(value):
+                fail(f"--{name} {value}: must be {words}")
 
 
 def print0(*args):
@@ -175,8 +206,9 @@ def optimizer_step(engine, lr):
 
 def check_batch_size(batch_size, minibatches=1, total_episodes=None):
     """Fail in one line where ranks and minibatches cannot share a batch evenly, naming sizes that would work."""
-    share, most = world_size() * minibatches, total_episodes or batch_size + world_size()
-    if batch_size < 1 or batch_size % share or batch_size > most:
+    share = world_size() * minibatches
+    most = batch_size + share if total_episodes is None else total_episodes
+    if batch_size % share or batch_size > most:
         below, above = min(batch_size, most) // share * share, batch_size // share * share + share
         sizes = " or ".join(str(size) for size in (below, above) if 0 < size <= most)
         parts = f"{world_size()} ranks" + (f" x {minibatches} minibatches" if minibatches > 1 else "")
@@ -190,7 +222,7 @@ def print_memory_plan(args, trained, frozen=0):
     weight, state = (2, 12) if args.bf16 else (4, 8)  # Adam's two moments, and with bf16 the fp32 master weights
     weights = trained * weight / (shards if args.zero_stage == 3 else 1) + frozen * weight
     gradients, optimizer = trained * weight / shards, trained * state / shards
-    where = "CPU memory" if args.offload_optimizer else "beside them"
+    where = "in CPU memory" if args.offload_optimizer else "on the same device"
     print0(f"{'memory per rank':<22}{(weights + gradients) / 2**20:,.0f} MiB of weights and gradients, "
            f"{optimizer / 2**20:,.0f} MiB of optimizer state ({where}), and activations")
 
@@ -210,8 +242,8 @@ def full_state_dict(engine):
 
 
 @torch.no_grad()
-def rollout_weights(engine, spare):
-    """A module to decode with: the engine's own, or at ZeRO 3 `spare`, filled with the gathered weights.
+def rollout_weights(engine, decoding_copy):
+    """A module to decode with: the engine's own, or at ZeRO 3 `decoding_copy`, filled with the gathered weights.
 
     Decoding through ZeRO 3 itself gathers every layer for every token, and hangs where ranks stop at different
     lengths. Every rank must call it.
@@ -220,7 +252,7 @@ def rollout_weights(engine, spare):
         return engine.module
     import deepspeed
 
-    for param, copy in zip(engine.module.parameters(), spare.parameters()):
+    for param, copy in zip(engine.module.parameters(), decoding_copy.parameters()):
         with deepspeed.zero.GatheredParameters([param]):
             copy.copy_(param)
-    return spare
+    return decoding_copy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from utils.launch import fail, full_state_dict, rank
 
@@ -48,28 +48,36 @@ def load_tokenizer(path, flag):
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         fail(f"{flag} {path}: its PAD token is its EOS token ({tokenizer.eos_token!r}), so EOS would be masked as "
-             "padding and never learned. Remove pad_token from tokenizer_config.json: a [PAD] of its own is then added")
+             "padding and never learned. Save a copy whose tokenizer_config.json has no pad_token and give that "
+             "folder: a [PAD] of its own is then added")
     return tokenizer
 
 
 def load_causal_lm(path, flag, tokenizer, bf16=False):
     """AutoModelForCausalLM in fp32 (bf16: in bf16), dropout off. Resized only where the tokenizer would not fit."""
-    model = _load(AutoModelForCausalLM, path, flag, bf16)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    return disable_dropout(model)
+    model, loaded = _load(AutoModelForCausalLM, path, flag, bf16)
+    if "score.weight" in loaded["unexpected_keys"]:
+        fail(f"{flag} {path}: this is a reward model or critic. Give a language model")
+    _check_complete(loaded, path, flag)
+    eos_token_id = getattr(model.generation_config, "eos_token_id", None)
+    model.generation_config = GenerationConfig(  # token ids alone: stored sampling settings would be saved again
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if eos_token_id is None else eos_token_id)
+    return disable_dropout(_fit(model, tokenizer))
 
 
-def load_classifier(path, flag, tokenizer, bf16=False):
-    """AutoModelForSequenceClassification with one label, dropout off. A new head is left as transformers makes it."""
-    model = _load(AutoModelForSequenceClassification, path, flag, bf16, num_labels=1)
+def load_classifier(path, flag, tokenizer, bf16=False, new_head=False):
+    """AutoModelForSequenceClassification with one label, dropout off. new_head: it may lack a trained head."""
+    model, loaded = _load(AutoModelForSequenceClassification, path, flag, bf16, num_labels=1)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         fail(f"{flag} {path}: {type(model).__name__} has no linear `score` head. Families whose classifier has one "
              "(GPT-NeoX, GPT-2, Llama, Qwen, Mistral, Gemma, ...) work")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+    if "score.weight" in loaded["missing_keys"] and not new_head:
+        fail(f"{flag} {path}: this is a language model, it has no score head. Train a reward model from it with "
+             "reward_model.py")
+    _check_complete(loaded, path, flag)
     model.config.pad_token_id = tokenizer.pad_token_id  # AutoModelForSequenceClassification finds the end by it
-    return disable_dropout(model)
+    return disable_dropout(_fit(model, tokenizer))
 
 
 def _load(auto_class, path, flag, bf16, **options):
@@ -77,9 +85,22 @@ def _load(auto_class, path, flag, bf16, **options):
     check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to safetensors")
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
-        model = auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+        return auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:
         fail(f"{flag} {path}: cannot load a model from it ({first_line(error)})")
+
+
+def _check_complete(loaded, path, flag):
+    missing = sorted(set(loaded["missing_keys"]) - {"score.weight"})
+    if missing:
+        fail(f"{flag} {path}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be random")
+
+
+def _fit(model, tokenizer):
+    """Resize the embeddings where the tokenizer has ids that they lack. A larger embedding is left alone."""
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(needed)
     return model
 
 
@@ -119,6 +140,18 @@ def save_model(engine, model, tokenizer, folder):
         state = {name.removeprefix(inner): tensor for name, tensor in state.items()}
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
+
+
+def decode_responses(tokenizer, queries, responses):
+    """Texts of responses (B, Tr) after queries (lists of ids), without special tokens, leading space kept.
+
+    Some tokenizers (Llama 2, Mistral) drop the space before the first word when ids are decoded alone.
+    """
+    befores = tokenizer.batch_decode(queries, skip_special_tokens=True)
+    wholes = tokenizer.batch_decode([q + r for q, r in zip(queries, responses.tolist())], skip_special_tokens=True)
+    alones = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [whole[len(before):] if whole.startswith(before) else alone
+            for before, whole, alone in zip(befores, wholes, alones)]
 
 
 def first_line(error):

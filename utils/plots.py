@@ -24,9 +24,10 @@ def plot_runs(out, runs):
     for axis, (key, label) in zip(axes[0], panels):
         for curve in curves:
             axis.plot([x for x, _ in curve], [row[key] for _, row in curve], color="tab:blue", alpha=0.35, lw=1)
-        points = list(zip(*curves))  # evaluations that all runs share
-        means = [sum(row[key] for _, row in point) / len(point) for point in points]
-        axis.plot([point[0][0] for point in points], means, color="tab:blue", lw=2.2)
+        values = [{episodes: row[key] for episodes, row in curve} for curve in curves]
+        shared = sorted(set.intersection(*map(set, values)))  # where all runs were evaluated
+        means = [sum(run[episodes] for run in values) / len(values) for episodes in shared]
+        axis.plot(shared, means, color="tab:blue", lw=2.2)
         axis.set_xlabel("episodes")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)

@@ -11,20 +11,22 @@ from pathlib import Path
 
 import torch
 
-from utils.launch import barrier, fail, from_rank0, print0, rank, world_size
+from utils.launch import barrier, fail, fail_together, from_rank0, print0, rank, world_size
 
-# Flags that may change when a run is resumed: they alter neither the weights nor the metrics.
-FREE_ON_RESUME = {"output_dir", "resume", "overwrite", "save_every", "local_rank", "timeout_minutes"}
+# Flags that may change when a run is resumed: they alter no weight.
+FREE_ON_RESUME = {
+    "output_dir", "resume", "overwrite", "save_every", "eval_every", "log_every", "local_rank", "timeout_minutes"}
 
 
 # ---- The folder -------------------------------------------------------------------------------------------
 
 
-def open_run(args, name):
-    """Decide on the folder of this run and write args.json. Returns its Path.
+def choose_folder(args, name):
+    """Decide on the folder of this run of NAME.py, and change nothing yet. Returns its Path.
 
     Without --output_dir: the first free one of runs/NAME, runs/NAME-2, ..., or the last existing one to resume.
-    A folder in use is refused unless --resume or --overwrite is given; --overwrite deletes earlier runs only.
+    A folder in use is refused unless --resume or --overwrite is given; --overwrite replaces earlier runs only, and
+    none that this run reads from.
     """
 
     def decide():  # on rank 0; returns (folder, what is wrong or None)
@@ -33,8 +35,9 @@ def open_run(args, name):
         if args.resume:
             if not record.is_file():
                 return folder, f"--resume: there is no run in {folder} to resume. Give its --output_dir"
-            before = json.loads(record.read_text())
-            now = _comparable(args)
+            before, now = _read_record(record), _comparable(args, name)
+            if before.get("script") != name:
+                return folder, f"--resume {folder}: this is not a run of {name}.py. Give the --output_dir of one"
             changed = [f"--{key} {before.get(key)} -> {now.get(key)}" for key in sorted(set(before) | set(now))
                        if key not in FREE_ON_RESUME and before.get(key) != now.get(key)]
             if changed:
@@ -47,17 +50,26 @@ def open_run(args, name):
             if not args.overwrite:
                 return folder, (f"--output_dir {folder}: in use. Continue that run with --resume, "
                                 "replace it with --overwrite, or choose another folder")
-            if not record.is_file():
+            if "script" not in _read_record(record):
                 return folder, f"--overwrite {folder}: this is not a run of these scripts, so it is left alone"
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(_comparable(args), indent=1) + "\n")
+            for flag, path in _paths(args):
+                if folder.resolve() in (path.resolve(), *path.resolve().parents):
+                    return folder, f"--overwrite {folder}: --{flag} {path} lies in it. Choose another --output_dir"
         return folder, None
 
     folder, wrong = from_rank0(decide)
     if wrong:
         fail(wrong)
     return folder
+
+
+def open_folder(folder, args, name):
+    """Make the folder of a new run, without what --overwrite replaces, and write args.json."""
+    if rank() == 0 and not args.resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps(_comparable(args, name), indent=1) + "\n")
+    barrier()
 
 
 def _numbered(name, existing):
@@ -68,8 +80,24 @@ def _numbered(name, existing):
     return Path("runs") / (name if number == 1 else f"{name}-{number}")
 
 
-def _comparable(args):
-    return json.loads(json.dumps({**dataclasses.asdict(args), "world_size": world_size()}))
+def _comparable(args, name):
+    return json.loads(json.dumps({"script": name, **dataclasses.asdict(args), "world_size": world_size()}))
+
+
+def _read_record(file):
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _paths(args):
+    """(flag, Path) of every flag that names something on this disk, but for the output folder."""
+    for flag, value in vars(args).items():
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, str) and part and flag != "output_dir" and Path(part).exists():
+                yield flag, Path(part)
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
@@ -98,6 +126,7 @@ def save_checkpoint(folder, step, engines, state):
         for file in _files(unfinished):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+        shutil.rmtree(finished, ignore_errors=True)  # there after a resume from before it: it was damaged
         unfinished.rename(finished)
         for old in sorted(checkpoints.glob("step_*"))[:-2]:
             shutil.rmtree(old)
@@ -189,7 +218,7 @@ class Tracker:
 
     def line(self, step, last_step, **figures):
         """One aligned console line with the time left: figures are name=(value, format), None values left out."""
-        done = step - self.first_step + 1
+        done = step - max(1, self.first_step) + 1
         left = (time.time() - self.started) / done * (last_step - step)
         text = "  ".join(f"{name} {value:{spec}}" for name, (value, spec) in figures.items() if value is not None)
         print0(f"{step:>6}/{last_step}  {text}  left {int(left) // 60}:{int(left) % 60:02d}")
@@ -204,9 +233,8 @@ class Tracker:
 
 def _keep_rows_before(file, step):
     if file.is_file():
-        whole = [line for line in file.read_text().splitlines() if line.endswith("}")]  # the last may be cut off
-        rows = [line for line in whole if json.loads(line)["step"] < step]
-        file.write_text("".join(row + "\n" for row in rows))
+        whole = file.read_text().split("\n")[:-1]  # behind the last newline: a line cut off
+        file.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
 
 
 def _cell(value):
@@ -226,14 +254,17 @@ def model_card(folder, script, base, data, lines=()):
 
 
 def stop_if_not_finite(quantities, batch, folder, step):
-    """Stop on the first NaN or infinity, by name, after saving the batch. Earlier checkpoints are left alone.
+    """Stop every rank on the first NaN or infinity of any, by name, after saving the batch. Checkpoints stay.
 
-    quantities: {name: tensor}, in the order in which they were computed; the same on every rank, or reduced so that
-    every rank sees a bad one. batch: anything that torch.save takes.
+    quantities: {name: tensor or number}, in the order in which they were computed; batch: anything that torch.save
+    takes. Every rank must call it.
     """
-    for name, value in quantities.items():
-        if not torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all():
-            file = folder / f"bad_batch_rank{rank()}.pt"
-            torch.save({"step": step, "first_bad": name, **batch}, file)
-            fail(f"step {step}: {name} is not finite. The batch is saved in {file}; the last checkpoint is untouched. "
-                 "Look at the batch, or start anew with a lower learning rate", every_rank=True)
+    finite = (bool(torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all()) for value in quantities.values())
+    bad = next((name for name, good in zip(quantities, finite) if not good), None)
+    message = None
+    if bad:
+        file = folder / f"bad_batch_rank{rank()}.pt"
+        torch.save({"step": step, "first_bad": bad, **batch}, file)
+        message = (f"step {step}: {bad} is not finite. The batch is saved in {file}; the last checkpoint is untouched. "
+                   "Look at the batch, or start anew with a lower learning rate")
+    fail_together(message)
