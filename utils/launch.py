@@ -86,7 +86,7 @@ def init_distributed(timeout_minutes=30.0):
         os.environ.setdefault(name, str(value))
     # One CPU thread a rank unless the user says otherwise: small models are fastest so (two threads that share
     # busy cores can be many times slower), and the same run gives the same bits on any number of cores.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
