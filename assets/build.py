@@ -94,8 +94,8 @@ def build_base():
 def train(script, folder, *flags):
     """Run one of the project's own scripts with its defaults and keep its model folder."""
     run = ASSETS.parent / "runs" / f"build_{folder}"
-    subprocess.run([sys.executable, script, "--output_dir", str(run), "--overwrite", *flags], check=True,
-                   cwd=ASSETS.parent)
+    command = [sys.executable, script, "--output_dir", f"runs/build_{folder}", "--overwrite", *flags]
+    subprocess.run(command, check=True, cwd=ASSETS.parent)  # a relative path: the model card quotes it
     shutil.rmtree(ASSETS / folder, ignore_errors=True)
     (ASSETS / folder).mkdir()
     for file in run.iterdir():
