@@ -29,8 +29,9 @@ import tyro
 from transformers import DynamicCache
 
 from utils.data import call_judge, chunks, describe, load_function, load_rows, pad, permutation
-from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
-from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rank, rollout_weights, world_size
+from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, fail_together
+from utils.launch import finish, gather_rows, init_distributed, on_device, optimizer_step, print0, print_memory_plan
+from utils.launch import rank, rollout_weights, world_size
 from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
 from utils.models import load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
@@ -43,7 +44,9 @@ class Args:
     sft_model: str = "assets/sft"
     """policy and reference start here: Hugging Face folder or Hub id"""
     reward_model: str = "assets/reward_model"
-    """scores responses, and the critic starts from it (detail 22): folder or Hub id, same tokenizer"""
+    """scores responses, and the critic starts from it (detail 22): folder or Hub id"""
+    retokenize: bool = False
+    """for a reward model with another tokenizer: it reads decoded texts, and the critic starts from the SFT model"""
     reward_function: str | None = None
     """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
     gold_function: str | None = "assets.vader:positive"
@@ -53,7 +56,7 @@ class Args:
     eval_prompts: str = "assets/data/validation.jsonl"
     """held-out prompts"""
     max_prompt_length: int = 32
-    """tokens; longer prompts are dropped and counted. Paper: 512"""
+    """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). Paper: 512"""
 
     # rollouts
     response_length: int = 24
@@ -68,8 +71,10 @@ class Args:
     """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
     """sequences decoded and scored together per rank; changes memory and speed only. Paper: 64"""
+    offload_frozen: bool = False
+    """keep reference and reward model in CPU memory while they are not used. Paper: True for 6.9B (detail 48)"""
 
-    # PPO
+    # PPO [detail 20]
     total_episodes: int = 3200
     """episodes to roll out in all. Paper: 1,000,000"""
     batch_size: int = 64
@@ -147,7 +152,7 @@ class Args:
 
 def load_prompts(path, flag, tokenizer, args):
     """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
-    rows = load_rows(path, flag, [("prompt",)])
+    rows = load_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
     encoded = [(tokenizer(row["prompt"]).input_ids, row["prompt"]) for row in rows]
     kept = [item for item in encoded if 0 < len(item[0]) <= args.max_prompt_length]
     empty = sum(not ids for ids, _ in encoded)
@@ -165,7 +170,7 @@ def prompts_of_episodes(episodes, num_prompts, seed):
 def sampling_noise(seed, update, episodes, length):
     """Uniforms u[i, t] in [0, 1) that depend on (seed, update, episode, t) alone [E11]: (B, length) float64.
 
-    So samples do not depend on the number of ranks, the batch they are decoded in, or rows that have ended.
+    So samples do not depend on ranks (theirs: a seed for each [detail 46]), the batch, or rows that have ended.
     """
     return torch.tensor(np.stack([np.random.default_rng((seed, update, n)).random(length) for n in episodes]))
 
@@ -186,7 +191,7 @@ class ScalarModel(torch.nn.Module):
         self.reward_mean = getattr(classifier.config, "reward_mean", 0.0)  # not trained
 
     def forward(self, ids, mask):
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 14] [detail 45] on any padding side
         hidden = self.classifier.base_model(  # [detail 11] the last hidden state, after the final layer norm
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
             use_cache=False).last_hidden_state  # (B, T, d)
@@ -221,6 +226,36 @@ def scale_logits(logits, temperature, forbidden):
     return logits.masked_fill(forbidden, torch.finfo(torch.float32).min)
 
 
+def load_models(args, tokenizer):
+    """policy, ref_policy, critic, reward_model and its tokenizer, all without dropout [detail 7].
+
+    The reward model is None where a Python function takes its place; its tokenizer is None where it is the policy's.
+    """
+    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)
+    ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
+    reward_model = retokenizer = None
+    if not args.reward_function:
+        own_tokenizer = load_tokenizer(args.reward_model, "--reward_model")
+        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+            if not args.retokenize:
+                fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model "
+                     f"{args.sft_model}. Train a reward model from this SFT model with reward_model.py, or pass "
+                     "--retokenize: this one then reads decoded texts")
+            retokenizer = own_tokenizer
+        reward_model = load_classifier(args.reward_model, "--reward_model", own_tokenizer, args.bf16)
+        reward_model = ScalarModel(reward_model).eval()
+    if reward_model and not retokenizer:
+        classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)
+    else:  # [E13] no reward model of these tokens to start the critic from: the SFT model with a head of zeros
+        print0(f"{'critic':<22}starts from {args.sft_model} with a head of zeros, not from a reward model")
+        classifier = load_classifier(args.sft_model, "--sft_model", tokenizer, new_head=True)
+        torch.nn.init.zeros_(classifier.score.weight)
+    for model in (policy, classifier):
+        check_length(model, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
+    critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
+    return policy, ref_policy, critic, reward_model, retokenizer
+
+
 # ---- Algorithm: sampling ----------------------------------------------------------------------------------
 
 
@@ -231,7 +266,7 @@ def generate(
     """Sample a response to each query until EOS, or until the noise ends.
 
     queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms. Returns responses (B, Tr), PAD after EOS.
-    Ended rows leave the batch [E10]; the paper goes on sampling and masks what follows [detail 23].
+    Ended rows leave the batch [E10]; the paper goes on sampling, feeds it to policy and critic [detail 29], masks it.
     The model's stored generation config is never read.
     """
     responses = torch.full(noise.shape, pad_id, device=queries.device)  # (B, Tr)
@@ -420,17 +455,31 @@ def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device):
 
 
 @torch.no_grad()
-def score_responses(reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args):
-    """Score of each response (B,): the reward model's at the last token, or a Python function's of the texts."""
+def score_responses(
+    reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args, retokenizer=None
+):
+    """Score of each response (B,): the reward model's at the last token, or a Python function's of the texts.
+
+    retokenizer: the reward model's own tokenizer where it differs [E22], else None.
+    """
     if reward_function:
         scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=queries.device)
     else:
         ids, whole_mask = torch.cat([queries, responses], dim=1), torch.cat([query_mask, mask], dim=1)
+        if retokenizer:
+            sequences = [
+                retokenizer(query).input_ids + retokenizer(response, add_special_tokens=False).input_ids
+                + [retokenizer.eos_token_id] * end for query, response, end in zip(*texts, ended.tolist())]
+            ids, whole_mask = pad(sequences, retokenizer.pad_token_id, "right", queries.device)
+            limit = getattr(reward_model.classifier.config, "max_position_embeddings", ids.shape[1])
+            fail_together(f"--retokenize: a text has {ids.shape[1]} of the reward model's tokens, and that has {limit} "
+                          "positions. Lower the limits of prompt and response" if ids.shape[1] > limit else None)
         scores = torch.cat([at_last_token(reward_model(ids[rows], whole_mask[rows]), whole_mask[rows])
                             for rows in torch.arange(len(ids)).split(args.rollout_batch_size)])
     if args.missing_eos_score is None:
         return scores
-    return torch.where(ended, scores, args.missing_eos_score)  # [detail 23] replaced, not reduced
+    # [detail 13] away from EOS a score means nothing, so it is replaced, not reduced [detail 23]
+    return torch.where(ended, scores, args.missing_eos_score)
 
 
 def trim_padding(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
@@ -453,33 +502,19 @@ def main(args: Args):
     prompts = load_prompts(args.prompts, "--prompts", tokenizer, args)
     eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
     if len(eval_prompts) < world_size():
-        fail(f"--eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and {world_size()} ranks need at least "
-             "one each")
+        fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and {world_size()} "
+             "ranks need at least one each")
     gold_function = load_function(args.gold_function, "--gold_function")
     reward_function = load_function(args.reward_function, "--reward_function")
-    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # [detail 7] all four without dropout
-    ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device).eval()
-    if reward_function:  # [E13] no reward model to start the critic from: the SFT model with a head of zeros
-        reward_model, classifier = None, load_classifier(args.sft_model, "--sft_model", tokenizer, new_head=True)
-        torch.nn.init.zeros_(classifier.score.weight)
-    else:
-        if load_tokenizer(args.reward_model, "--reward_model").get_vocab() != tokenizer.get_vocab():
-            fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model "
-                 f"{args.sft_model}. Train a reward model from this SFT model with reward_model.py")
-        classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)
-        reward_model = load_classifier(args.reward_model, "--reward_model", tokenizer, args.bf16)
-        reward_model = ScalarModel(reward_model).to(device).eval()
-    critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
-    for model in (policy, classifier):
-        check_length(model, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
+    policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer)
     decoding_copy = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
     if args.zero_stage == 3:
         decoding_copy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
     engines = {}
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-        classifier.gradient_checkpointing_enable()
-    for name, model in (("policy", policy), ("critic", critic)):  # [E9] an optimizer each
+        critic.classifier.gradient_checkpointing_enable()
+    for name, model in (("policy", policy), ("critic", critic)):  # [E9] an optimizer each, not one module [detail 47]
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
             model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
         engines[name] = create_engine(model, optimizer, args)
@@ -505,26 +540,28 @@ def main(args: Args):
                f"{count_parameters(policy) / 1e6:.1f}M and will hardly move; its default is {Args.lr:g}")
 
     def evaluate(update):
-        """Continue the held-out prompts, with the same noise at every update and for every seed [E16]."""
+        """Continue the held-out prompts, with the same noise at every update and for every seed [detail 49] [E16]."""
         mine = range(rank(), len(eval_prompts), world_size())
+        my_prompts = [eval_prompts[i] for i in mine]
         noise = sampling_noise(0, 0, mine, args.response_length)
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
         queries, query_mask, responses, lengths, ended = rollout(
-            decoder, [eval_prompts[i] for i in mine], noise, args, tokenizer, forbidden, eos_ids, device)
+            decoder, my_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
         mask, _ = response_masks(lengths, args.response_length)
         kl = torch.zeros(noise.shape, device=device)
-        for rows in torch.arange(len(mine)).split(args.rollout_batch_size):
-            ids = torch.cat([queries[rows], responses[rows]], dim=1)
-            whole_mask = torch.cat([query_mask[rows], mask[rows]], dim=1)
-            with torch.no_grad():
+        with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
+            for rows in torch.arange(len(mine)).split(args.rollout_batch_size):
+                ids = torch.cat([queries[rows], responses[rows]], dim=1)
+                whole_mask = torch.cat([query_mask[rows], mask[rows]], dim=1)
                 window = ids, whole_mask, args.response_length, args.temperature, forbidden
                 logprobs = token_logprobs(response_logits(decoder, *window), responses[rows])
                 ref_logprobs = token_logprobs(response_logits(ref_policy, *window), responses[rows])
-            kl[rows] = k1(logprobs, ref_logprobs) * mask[rows]
-        texts = [eval_prompts[i][1] for i in mine], decode_responses(
-            tokenizer, [eval_prompts[i][0] for i in mine], responses)
-        scores = score_responses(
-            reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
+                kl[rows] = k1(logprobs, ref_logprobs) * mask[rows]
+        query_ids, query_texts = zip(*my_prompts)
+        texts = query_texts, decode_responses(tokenizer, query_ids, responses)
+        with on_device(reward_model, device, args.offload_frozen):
+            scores = score_responses(
+                reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args, retokenizer)
         columns = {"query": texts[0], "response": texts[1], "score": scores.tolist(), "kl": kl.sum(1).tolist(),
                    "length": lengths.tolist(), "ended": ended.tolist()}
         if gold_function:
@@ -561,13 +598,14 @@ def main(args: Args):
         engines["policy"].train()
         mask, value_mask = response_masks(lengths, args.response_length)  # (B, Tr) bool, True = counts
         query_lengths, response_lengths = [len(ids) for ids, _ in batch_prompts], lengths.tolist()
-        texts = [text for _, text in batch_prompts], decode_responses(
-            tokenizer, [ids for ids, _ in batch_prompts], responses)
+        query_ids, query_texts = zip(*batch_prompts)
+        texts = query_texts, decode_responses(tokenizer, query_ids, responses)
         clock.append(time.time())
 
         # 4. scores
-        scores = score_responses(
-            reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args)
+        with on_device(reward_model, device, args.offload_frozen):  # [detail 48] one at a time (theirs: by layers)
+            scores = score_responses(
+                reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args, retokenizer)
         golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else []
 
         # 5. micro-batches of every epoch; log-probabilities and values by exactly the first epoch's forwards
@@ -579,16 +617,17 @@ def main(args: Args):
                 rows.sort(key=lambda i: query_lengths[i] + response_lengths[i])
             plan.append([chunks(rows, args.micro_batch_size) for rows in minibatches])
         logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr)
-        for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
-            ids, mb_mask, tr = trim_padding(rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
-            with torch.no_grad():
+        with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
+            for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
+                ids, mb_mask, tr = trim_padding(
+                    rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
                 logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
                 ref_logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
                 mb_values = state_values(engines["critic"], ids, mb_mask, tr, args.response_length)
-            logprobs[rows, :tr] = token_logprobs(logits, responses[rows, :tr])
-            ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
-            entropies[rows, :tr] = token_entropies(logits)
-            values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
+                logprobs[rows, :tr] = token_logprobs(logits, responses[rows, :tr])
+                ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
+                entropies[rows, :tr] = token_entropies(logits)
+                values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
         logprobs, ref_logprobs = logprobs * mask, ref_logprobs * mask  # [detail 30] [E15]
         values = values * value_mask  # [detail 31]
         clock.append(time.time())
@@ -623,7 +662,7 @@ def main(args: Args):
                     pg_losses, pg_clipped = policy_losses(
                         new_logprobs, logprobs[rows, :tr], advantages[rows, :tr], args.cliprange)
                     pg_loss = (pg_losses * token_mask).sum()
-                    engines["policy"].backward(pg_loss / counts[0] * world_size())  # [E2] DeepSpeed averages ranks
+                    engines["policy"].backward(pg_loss / counts[0] * world_size())  # [detail 40] [E2]
 
                     new_values = state_values(engines["critic"], ids, mb_mask, tr, args.response_length)
                     tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, check_batch_size, check_flags, create_engine, finish, gather_rows
+from utils.formats import CNNDM_BATCHES
+from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
 from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
@@ -50,7 +51,9 @@ class Args:
     demonstrations: str = "assets/data/train.jsonl"
     """after training their scores are shifted to average 0; columns {prompt, completion}. Paper: the SFT train split"""
     max_length: int = 64
-    """tokens of prompt + completion + EOS; longer rows are dropped and counted. Paper: 638"""
+    """tokens of prompt + completion + EOS; longer rows are dropped and counted. Paper: 638, and 2021 for CNN/DM"""
+    max_prompt_length: int = 512
+    """tokens of a TL;DR prompt; longer posts are cut, paragraph by paragraph (detail 2). Paper: 512"""
 
     # optimisation
     epochs: int = 1
@@ -73,6 +76,8 @@ class Args:
     # evaluation
     eval_every: int = 50
     """optimizer steps between evaluations on all of eval_data (there is one before the first and after the last)"""
+    accuracy_by: tuple[str, ...] = ()
+    """columns of eval_data to group the accuracy by, such as batch, split, confidence, policies (detail 16)"""
 
     # run
     seed: int = 1
@@ -114,7 +119,7 @@ def encode(prompt, completion, tokenizer):
 
 def load_pairs(path, flag, tokenizer, args):
     """List of (chosen ids, rejected ids, row), without equal and too long pairs, which are counted."""
-    rows = load_rows(path, flag, [("prompt", "chosen", "rejected")])
+    rows = load_rows(path, flag, [("prompt", "chosen", "rejected")], tokenizer, args.max_prompt_length)
     different = [row for row in rows if row["chosen"] != row["rejected"]]
     pairs = [(encode(row["prompt"], row["chosen"], tokenizer), encode(row["prompt"], row["rejected"], tokenizer), row)
              for row in different]
@@ -127,7 +132,7 @@ def load_pairs(path, flag, tokenizer, args):
 
 def load_demonstrations(path, flag, tokenizer, args):
     """List of token ids of the demonstrations, without the too long ones, which are counted."""
-    rows = load_rows(path, flag, [("prompt", "completion")])
+    rows = load_rows(path, flag, [("prompt", "completion")], tokenizer, args.max_prompt_length)
     encoded = [encode(row["prompt"], row["completion"], tokenizer) for row in rows]
     kept = [ids for ids in encoded if len(ids) <= args.max_length]
     describe(flag, path, [len(ids) for ids in kept], {f"over {args.max_length} tokens": len(encoded) - len(kept)})
@@ -150,7 +155,7 @@ class ScalarModel(torch.nn.Module):
         self.reward_mean = getattr(classifier.config, "reward_mean", 0.0)  # not trained
 
     def forward(self, ids, mask):
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 14] [detail 45] on any padding side
         hidden = self.classifier.base_model(  # [detail 11] the last hidden state, after the final layer norm
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
             use_cache=False).last_hidden_state  # (B, T, d)
@@ -207,6 +212,31 @@ def clustered_interval(values, clusters, resamples=1000):
     return tuple(np.percentile(means, [2.5, 97.5]))
 
 
+def accuracy_by_column(correct, rows, column):
+    """Mean accuracy of the pairs with each value of a column [detail 16]: {value: accuracy}."""
+    groups = {}
+    for value, row in zip(correct, rows):
+        groups.setdefault(str(row.get(column)), []).append(value)
+    return {name: np.mean(values) for name, values in sorted(groups.items())}
+
+
+def calibration(chosen_scores, rejected_scores, width=0.5):
+    """Is a difference worth what sigmoid(difference) says? Pairs in bins of |difference| [detail 18].
+
+    Returns a list of {from, pairs, accuracy, predicted} for the bins up to the 99.5 % quantile, predicted being the
+    bin's mean sigmoid(|difference|); above accuracy: the model is too sure.
+    """
+    differences = np.asarray(chosen_scores) - np.asarray(rejected_scores)
+    sizes, correct = np.abs(differences), accuracy(differences, 0 * differences)
+    table = []
+    for low in np.arange(0, np.quantile(sizes, 0.995) + 1e-12, width):
+        inside = (sizes >= low) & (sizes < low + width)
+        if inside.any():
+            table.append({"from": float(low), "pairs": int(inside.sum()), "accuracy": float(correct[inside].mean()),
+                          "predicted": float((1 / (1 + np.exp(-sizes[inside]))).mean())})
+    return table
+
+
 @torch.no_grad()
 def score_sequences(engine, sequences, pad_id, batch_size):
     """Scores of token-id sequences that end with EOS, each computed once over all ranks. Returns a list of floats."""
@@ -250,7 +280,10 @@ def evaluate(engine, pairs, tokenizer, args):
         "chosen_rewards": np.mean(chosen_scores), "rejected_rewards": np.mean(rejected_scores)}
     samples = [{"query": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "chosen_score": good,
                 "rejected_score": bad} for row, good, bad in zip(rows, chosen_scores, rejected_scores)]
-    return metrics, samples
+    for column in args.accuracy_by:
+        groups = accuracy_by_column(correct, rows, column)
+        metrics |= {f"accuracy/{column}/{value}": mean for value, mean in groups.items()}
+    return metrics, samples, calibration(chosen_scores, rejected_scores)
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -264,7 +297,23 @@ def main(args: Args):
     folder = choose_folder(args, "reward_model")
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_pairs(args.train_data, "--train_data", tokenizer, args)
-    held_out = {path: load_pairs(path, "--eval_data", tokenizer, args) for path in args.eval_data}
+    names = {path: Path(path).stem for path in args.eval_data}
+    if len(set(names.values())) < len(names):  # files of one name in several folders
+        names = {path: path.replace("/", "_") for path in args.eval_data}
+    held_out = {}  # {name: pairs}
+    for path, name in names.items():
+        apart = name if name.endswith("_cnndm") else name + "_cnndm"  # [detail 6] CNN/DM is another distribution
+        groups = {name: [], apart: []}
+        for pair in load_pairs(path, "--eval_data", tokenizer, args):
+            missing = set(args.accuracy_by) - set(pair[2])
+            if missing:
+                fail(f"--accuracy_by {missing.pop()}: no such column in {path}. Found: {', '.join(pair[2])}")
+            groups[apart if pair[2].get("batch") in CNNDM_BATCHES else name].append(pair)
+        for group, pairs in groups.items():
+            if pairs and group in held_out:
+                fail(f"--eval_data {path}: its pairs and those of another file would both be called {group}. Rename it")
+            if pairs:
+                held_out[group] = pairs
     demonstrations = load_demonstrations(args.demonstrations, "--demonstrations", tokenizer, args)
     model = load_classifier(args.model, "--model", tokenizer, new_head=True)  # [detail 7] without dropout
     check_length(model, args.max_length, "--max_length")
@@ -290,25 +339,20 @@ def main(args: Args):
     print_memory_plan(args, count_parameters(model))
     show_example(tokenizer, train[0][0], [i == len(train[0][0]) - 1 for i in range(len(train[0][0]))])
 
-    names = {path: Path(path).stem for path in held_out}
-    if len(set(names.values())) < len(names):  # files of one name in several folders
-        names = {path: path.replace("/", "_") for path in held_out}
-
     def evaluate_all(step):
-        metrics, samples = {}, []
-        for path, pairs in held_out.items():
-            name = names[path]
-            figures, rows = evaluate(engine, pairs, tokenizer, args)
+        metrics, samples, calibrations = {}, [], {}
+        for name, pairs in held_out.items():
+            figures, rows, calibrations[name] = evaluate(engine, pairs, tokenizer, args)
             metrics |= {f"eval/{name}/{key}": value for key, value in figures.items()}
             samples += rows[:10]
             print0(f"{step:>6}/{total_steps}  {name}: accuracy {figures['accuracy']:.3f} "
                    f"[{figures['accuracy_low']:.3f}, {figures['accuracy_high']:.3f}]; longer wins "
                    f"{figures['longer_wins']:.3f}, prompts shuffled {figures['shuffled_prompts']:.3f}")
         tracker.samples(step, samples)
-        return tracker.log(step, metrics)
+        return tracker.log(step, metrics), calibrations
 
     if state["step"] == 0:
-        state["before"] = evaluate_all(0)
+        state["before"], _ = evaluate_all(0)
 
     # 3. train
     clock, tokens = time.time(), 0
@@ -345,7 +389,7 @@ def main(args: Args):
             tracker.line(step, total_steps, loss=(float(loss), ".4f"), accuracy=(float(correct), ".3f"),
                          lr=(lr, ".2e"), tokens_per_s=(rate, ",.0f"))
         if step % args.eval_every == 0 or step == total_steps:
-            after = evaluate_all(step)
+            after, calibrations = evaluate_all(step)
         if step % args.save_every == 0 and step < total_steps:
             save_checkpoint(folder, step, {"model": engine}, {"before": state["before"]})
 
@@ -360,8 +404,8 @@ def main(args: Args):
     model_card(folder, "reward_model.py", args.model, args.train_data, [
         f"Its logit averages {scores.mean():.6f} over `{args.demonstrations}`. That constant is `reward_mean` in",
         "config.json; our scripts subtract it, other tools see the logit as it is."])
-    tracker.close({"before": state["before"], "after": after, "reward_mean": float(scores.mean()),
-                   "reward_std": float(scores.std())})
+    tracker.close({"before": state["before"], "after": after, "calibration": calibrations,
+                   "reward_mean": float(scores.mean()), "reward_std": float(scores.std())})
     print0(f"saved {folder}")
     finish()
 

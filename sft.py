@@ -10,7 +10,7 @@ Differs from the paper's code:
 Run:     python sft.py                                   the embedded task, CPU, minutes
          deepspeed sft.py --model EleutherAI/pythia-1b-deduped --train_data ... --lr 3e-6    8 GPUs
 Reads:   --model, a Hugging Face folder or Hub id; --train_data and --eval_data with columns
-         {prompt, completion} or {text}
+         {prompt, completion} or {text}, as text or messages, or a published layout (utils/formats.py)
 Writes:  --output_dir: the model as a Hugging Face folder, metrics.jsonl, samples.jsonl, TensorBoard, checkpoints
 Result:  assets/README.md (embedded task); not yet measured at the paper's scale
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
-from utils.launch import all_sum, check_batch_size, check_flags, create_engine, finish, gather_rows
+from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights, world_size
 from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
 from utils.models import load_tokenizer, save_model
@@ -45,6 +45,11 @@ class Args:
     """held-out demonstrations, same columns"""
     max_length: int = 64
     """tokens of prompt + completion + EOS; longer rows are dropped and counted. Paper: 562"""
+    max_prompt_length: int = 512
+    """tokens of a TL;DR prompt; longer posts are cut, paragraph by paragraph (detail 2). Paper: 512"""
+    pack_length: int = 0
+    """put several rows into sequences of up to so many tokens, each blind to the others, and count such sequences in
+    the batch sizes; 0 = off. The mask takes pack_length^2 numbers a sequence. Paper: off"""
     completion_only: bool = False
     """count completion tokens alone in the loss. Paper: False, prompt tokens count too (detail 9)"""
 
@@ -120,7 +125,7 @@ def encode_demonstration(row, tokenizer):
 
 def load_demonstrations(path, flag, tokenizer, args):
     """List of (ids, prompt_length, row), without the rows that are too long or empty, which are counted."""
-    rows = load_rows(path, flag, [("prompt", "completion"), ("text",)])
+    rows = load_rows(path, flag, [("prompt", "completion"), ("text",)], tokenizer, args.max_prompt_length)
     encoded = [(*encode_demonstration(row, tokenizer), row) for row in rows]
     fits = [len(ids) <= args.max_length for ids, _, _ in encoded]
     kept = [item for item, ok in zip(encoded, fits) if ok and len(item[0]) - item[1] > 1]
@@ -129,39 +134,76 @@ def load_demonstrations(path, flag, tokenizer, args):
     return kept
 
 
+def pack(items, pack_length):
+    """Items in lists of at most pack_length tokens together, one list a training sequence; 0: each item alone.
+
+    Best fit, longest item first: the fullest list that still has room.
+    """
+    if not pack_length:
+        return [[item] for item in items]
+    packs, room = [], [[] for _ in range(pack_length + 1)]  # room[n]: packs with n tokens left
+    for item in sorted(items, key=lambda item: -len(item[0])):
+        length = len(item[0])
+        left = next((n for n in range(length, pack_length + 1) if room[n]), None)
+        if left is None:
+            packs.append([])
+            room[pack_length].append(packs[-1])
+            left = pack_length
+        found = room[left].pop()
+        found.append(item)
+        room[left - length].append(found)
+    return packs
+
+
 def count_labels(item, completion_only):
     """How many tokens of a row the loss counts: those after the prompt, or all but the first, which has no context."""
     ids, prompt_length, _ = item
     return len(ids) - max(1, prompt_length) if completion_only else len(ids) - 1
 
 
-def collate(items, tokenizer, completion_only, device):
-    """Right-padded micro-batch [detail 5]: ids (B, T), mask (B, T), labels (B, T) with -100 where nothing counts.
+def collate(packs, tokenizer, completion_only, device):
+    """Right-padded micro-batch [detail 5]: ids, segments, labels, all (B, T).
 
-    A None among the items becomes a row without labels.
+    segments: 1, 2, ... for the rows of a pack, 0 at padding. labels: -100 where nothing counts. A None among the packs
+    becomes a sequence without labels.
     """
-    sequences = [item[0] if item else [tokenizer.eos_token_id] for item in items]
+    sequences = [[token for ids, _, _ in items or [] for token in ids] or [tokenizer.eos_token_id] for items in packs]
     ids, mask = pad(sequences, tokenizer.pad_token_id, "right", device)
+    segments = mask.long()  # (B, T)
     labels = ids.masked_fill(~mask, -100)  # [detail 3] PAD is never a target; it is not EOS, so EOS is one
-    for i, item in enumerate(items):
-        if item is None or completion_only:
-            uncounted = item[1] if item else len(sequences[i])
-            labels[i, :uncounted] = -100  # [detail 9] the paper counts prompt tokens too
-    return ids, mask, labels
+    for i, items in enumerate(packs):
+        start = 0
+        for number, item in enumerate(items or [], 1):
+            uncounted = max(1, item[1]) if completion_only else 1  # [detail 9] the paper counts prompt tokens too
+            labels[i, start : start + uncounted] = -100  # the first token of a row follows nothing
+            segments[i, start : start + len(item[0])] = number
+            start += len(item[0])
+        if items is None:
+            labels[i] = -100
+    return ids, segments, labels
 
 
 # ---- Model ------------------------------------------------------------------------------------------------
 
 
-def forward_logits(model, ids, mask):
-    """Logits (B, T, V) in fp32, the same for any padding side.
+def forward_logits(model, ids, segments):
+    """Logits (B, T, V) in fp32 of ids (B, T), the same for any padding side and any neighbours in a pack.
 
-    Padded positions are fed token 0, so PAD is never embedded [detail 3], and position ids count real tokens only
-    [detail 45]: with absolute positions (GPT-2) left-padded rows would otherwise be wrong.
+    Padded positions (segment 0) are fed token 0, so PAD is never embedded [detail 3]. Position ids count the real
+    tokens of each segment [detail 45]: with absolute positions (GPT-2) left-padded rows would otherwise be wrong.
     """
-    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    mask, attention_mask = segments > 0, segments.clamp(max=1)  # (B, T)
+    counted = mask.long().cumsum(-1)
+    # number of real tokens before each row of a pack, at all of its tokens
+    starts = torch.where(segments != F.pad(segments, (1, 0))[:, :-1], counted - mask.long(), 0).cummax(-1).values
+    position_ids = (counted - 1 - starts).clamp(min=0)
+    if segments.max() > 1:  # [E21] each token of a pack sees its own row alone
+        same = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
+        dtype = next(model.parameters()).dtype
+        attention_mask = torch.zeros_like(same, dtype=dtype).masked_fill(~same, torch.finfo(dtype).min)
     ids = torch.where(mask, ids, 0)
-    return model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False).logits.float()
+    return model(
+        input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits.float()
 
 
 # ---- Algorithm --------------------------------------------------------------------------------------------
@@ -186,9 +228,10 @@ def cosine_lr(step, total_steps, warmup_steps, peak):
 def evaluate_loss(engine, items, tokenizer, args):
     """Token-mean loss over held-out rows, each counted once over all ranks, and its perplexity."""
     loss_sum = torch.zeros((), device=engine.device)
-    for micro in chunks(rows_of_this_rank(sorted(items, key=lambda item: len(item[0]))), args.micro_batch_size):
-        ids, mask, labels = collate(micro, tokenizer, args.completion_only, engine.device)
-        loss_sum += sft_loss_sum(forward_logits(engine, ids, mask), labels)
+    alone = [[item] for item in sorted(items, key=lambda item: len(item[0]))]
+    for micro in chunks(rows_of_this_rank(alone), args.micro_batch_size):
+        ids, segments, labels = collate(micro, tokenizer, args.completion_only, engine.device)
+        loss_sum += sft_loss_sum(forward_logits(engine, ids, segments), labels)
     loss = all_sum(loss_sum) / sum(count_labels(item, args.completion_only) for item in items)
     return {"eval/loss": loss, "eval/perplexity": loss.exp()}
 
@@ -242,6 +285,11 @@ def main(args: Args):
         decoding_copy = load_causal_lm(args.model, "--model", tokenizer, args.bf16).to(device)
     longest_prompt = max((prompt_length for _, prompt_length, _ in held_out[: args.num_samples]), default=0)
     check_length(model, args.max_length, "--max_length")
+    if 0 < args.pack_length < args.max_length:
+        fail(f"--pack_length {args.pack_length} must be 0 or at least --max_length {args.max_length}")
+    window = getattr(model.config, "sliding_window", None)
+    if args.pack_length and window and window < args.max_length:  # a pack's mask would replace that of the window
+        fail(f"--pack_length: this model attends to {window} tokens; --max_length must not be above that when packing")
     check_length(model, longest_prompt + args.response_length, "the longest prompt + --response_length")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -252,7 +300,8 @@ def main(args: Args):
 
     # 2. output folder, schedule, resume
     open_folder(folder, args, "sft")
-    steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
+    packs = pack(train, args.pack_length)
+    steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
@@ -285,20 +334,21 @@ def main(args: Args):
     clock, tokens = time.time(), 0
     for step in range(state["step"] + 1, total_steps + 1):
         epoch, index = divmod(step - 1, steps_per_epoch)
-        order = permutation(len(train), args.seed, epoch)
-        batch = [train[i] for i in order[index * args.batch_size : (index + 1) * args.batch_size]]
-        batch.sort(key=lambda item: len(item[0]))  # like lengths share a micro-batch; the step's gradient is the same
-        count = sum(count_labels(item, args.completion_only) for item in batch)
+        order = permutation(len(packs), args.seed, epoch)
+        batch = [packs[i] for i in order[index * args.batch_size : (index + 1) * args.batch_size]]
+        # like lengths share a micro-batch; the step's gradient is the same
+        batch.sort(key=lambda items: sum(len(item[0]) for item in items))
+        count = sum(count_labels(item, args.completion_only) for items in batch for item in items)
         loss_sum = torch.zeros((), device=device)
         for micro in chunks(rows_of_this_rank(batch), args.micro_batch_size):
-            ids, mask, labels = collate(micro, tokenizer, args.completion_only, device)
-            micro_loss = sft_loss_sum(forward_logits(engine, ids, mask), labels)
+            ids, segments, labels = collate(micro, tokenizer, args.completion_only, device)
+            micro_loss = sft_loss_sum(forward_logits(engine, ids, segments), labels)
             engine.backward(micro_loss / count * world_size())  # [E2] one mean over the step; DeepSpeed averages ranks
             loss_sum += micro_loss.detach()
         lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
         stop_if_not_finite({"train/loss": loss_sum, "train/grad_norm": grad_norm},
-                           {"rows": [item[2] for item in batch]}, folder, step)
+                           {"rows": [item[2] for items in batch for item in items]}, folder, step)
         tokens += count
 
         # 4. log, evaluate, save

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
@@ -31,6 +32,7 @@ MODEL_FLAGS = [(sft, "model"), (reward_model, "model"), (ppo, "sft_model"), (ppo
 DATA_FLAGS = [(sft, "train_data"), (sft, "eval_data"), (reward_model, "train_data"), (reward_model, "eval_data"),
               (reward_model, "demonstrations"), (ppo, "prompts"), (ppo, "eval_prompts")]
 SCRIPTS = [sft, reward_model, ppo]
+TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
 
 
 def named(cases):
@@ -210,6 +212,18 @@ def test_pad_equal_to_eos_is_refused(script, flag, inputs, tmp_path, refused):
     message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
     assert f"--{flag} {folder}" in message and "PAD token is its EOS token" in message
     assert "Save a copy whose tokenizer_config.json has no pad_token" in message
+
+
+@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
+def test_tokenizer_that_appends_eos_is_refused(script, flag, inputs, tmp_path, refused):
+    """A tokenizer that ends every text with EOS would end prompts too: refused."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)])
+    tokenizer.save_pretrained(folder)
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "ends every text with EOS" in message
 
 
 @pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
@@ -421,7 +435,7 @@ def test_load_rows_reads_every_kind_alike(kind, tmp_path):
         table.save_to_disk(path)
     else:
         datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(path)
-    assert load_rows(str(path), "--train_data", [("prompt", "completion")]) == ROWS
+    assert load_rows(str(path), "--train_data", [("prompt", "completion")], TOKENIZER) == ROWS
 
 
 def test_load_rows_skips_byte_order_mark_and_blank_lines(tmp_path):
@@ -429,20 +443,21 @@ def test_load_rows_skips_byte_order_mark_and_blank_lines(tmp_path):
     file = tmp_path / "rows.jsonl"
     text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\r\n\r\n"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert load_rows(str(file), "--train_data", [("prompt", "completion")]) == ROWS
+    assert load_rows(str(file), "--train_data", [("prompt", "completion")], TOKENIZER) == ROWS
 
 
 def test_load_rows_drops_columns_of_the_other_alternatives(tmp_path):
     """Rows with text and completion, but no prompt, are text rows: no script takes them for half of a pair."""
     file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "She was happy.", "completion": " happy.", "id": 3}])
-    assert load_rows(file, "--train_data", [("prompt", "completion"), ("text",)]) == [{"text": "She was happy.", "id": 3}]
+    rows = load_rows(file, "--train_data", [("prompt", "completion"), ("text",)], TOKENIZER)
+    assert rows == [{"text": "She was happy.", "id": 3}]
 
 
 def test_load_rows_keeps_words_that_look_like_missing_values(tmp_path):
     """The words None, NA and null in a CSV file are text like any other."""
     rows = [{"prompt": word, "completion": f" {word}."} for word in ("None", "NA", "null", "She")]
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
-    assert load_rows(str(tmp_path / "rows.csv"), "--train_data", [("prompt", "completion")]) == rows
+    assert load_rows(str(tmp_path / "rows.csv"), "--train_data", [("prompt", "completion")], TOKENIZER) == rows
 
 
 # ---- Sizes ------------------------------------------------------------------------------------------------

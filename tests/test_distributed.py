@@ -1,7 +1,8 @@
 """Two ranks give the numbers of one rank: collectives, saving, and runs of every script at ZeRO 0, 2 and 3.
 
 One worker on two ranks, this file under torchrun, runs all cases and leaves its results in a folder. The runs on one
-rank are made in the test process.
+rank are made in the test process. With RECORD_DIFFERENCES=file.json in the environment, the relative differences of
+weights that the tests have measured are written there.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import ppo
 import reward_model
@@ -48,9 +50,40 @@ def arguments(script, inputs, output_dir, **changes):
                            micro_batch_size=1, log_every=1),
         ppo: dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, total_episodes=24,
                   batch_size=8, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0, eval_every=2,
-                  save_every=1, num_ppo_epochs=2, whiten_rewards=True),
+                  save_every=100, num_ppo_epochs=2, whiten_rewards=True),
     }[script]
+    changes = {flag: str(inputs / value.removeprefix("inputs/")) if "inputs/" in str(value) else value
+               for flag, value in changes.items()}
+    if "eval_data" in changes and script is reward_model:
+        changes["eval_data"] = (changes["eval_data"],)
     return script.Args(**{**common, **own, **changes})
+
+
+# Runs by name: the script, and what differs from `arguments`. `inputs/` stands for the folder of models and data.
+PACKED = dict(max_length=32, pack_length=48, batch_size=2)
+FEW = dict(train_data="inputs/rows_5.jsonl", eval_data="inputs/rows_1.jsonl", epochs=1)  # batches of 4 and 1
+FEW_PAIRS = dict(FEW, train_data="inputs/pairs_5.jsonl", eval_data="inputs/pairs_1.jsonl",
+                 demonstrations="inputs/rows_1.jsonl")
+TIED, ENDING = dict(model="inputs/tied", epochs=1), dict(sft_model="inputs/ending", total_episodes=8)
+SAVERS = dict(gradient_checkpointing=True, offload_optimizer=True)
+ON_ONE_RANK = {
+    "sft": (sft, {}), "sft_packed": (sft, PACKED), "sft_few": (sft, FEW), "sft_tied": (sft, TIED),
+    "reward_model": (reward_model, {}), "reward_model_few": (reward_model, FEW_PAIRS),
+    "ppo": (ppo, {}), "ppo_ending": (ppo, ENDING),
+    **{f"ppo_micro{size}": (ppo, dict(micro_batch_size=size)) for size in (1, 8)},
+}
+ON_TWO_RANKS = {
+    "sft": (sft, {}), "reward_model": (reward_model, {}),
+    **{f"sft_zero{stage}": (sft, dict(zero_stage=stage)) for stage in (2, 3)},
+    **{f"reward_model_zero{stage}": (reward_model, dict(zero_stage=stage)) for stage in (2, 3)},
+    "sft_packed": (sft, PACKED), "sft_tied_zero3": (sft, TIED | dict(zero_stage=3)),
+    "sft_few_zero3": (sft, FEW | dict(zero_stage=3)),
+    "reward_model_few_zero3": (reward_model, FEW_PAIRS | dict(zero_stage=3)),
+    **{f"ppo_zero{stage}": (ppo, dict(zero_stage=stage, save_every=1 if stage == 2 else 100)) for stage in (0, 2, 3)},
+    **{f"ppo_zero{stage}_savers": (ppo, dict(zero_stage=stage, **SAVERS)) for stage in (2, 3)},
+    "ppo_offload_frozen": (ppo, dict(offload_frozen=True)),
+    "ppo_ending_zero3": (ppo, ENDING | dict(zero_stage=3)),
+}
 
 
 # ---- The worker -------------------------------------------------------------------------------------------
@@ -104,14 +137,11 @@ def worker(inputs, out):
     save_model(engine, model, tokenizer, out / "saved")
     save_file(rollout_weights(engine, spare).state_dict(), out / f"decoder_{rank()}.safetensors")
 
-    for script in (sft, reward_model):
-        script.main(arguments(script, inputs, out / script.__name__))
-    script.main(arguments(reward_model, inputs, out / "reward_model_zero3", zero_stage=3))
-    sft.main(arguments(sft, inputs, out / "sft_zero3", zero_stage=3))
     counts = {"whole": count_parameters(spare), "in_pieces": count_parameters(model)}
     (out / f"parameters_{rank()}.json").write_text(json.dumps(counts))
-    for stage in (0, 2, 3):
-        ppo.main(arguments(ppo, inputs, out / f"ppo_zero{stage}", zero_stage=stage))
+
+    for name, (script, changes) in ON_TWO_RANKS.items():
+        script.main(arguments(script, inputs, out / name, **changes))
 
     # the ZeRO 2 run again, as if killed after the checkpoint of its first update
     if rank() == 0:
@@ -120,7 +150,7 @@ def worker(inputs, out):
         for name in ("summary.json", "model.safetensors"):
             (out / "ppo_resumed" / name).unlink()
     torch.distributed.barrier()
-    ppo.main(arguments(ppo, inputs, out / "ppo_resumed", zero_stage=2, resume=True))
+    ppo.main(arguments(ppo, inputs, out / "ppo_resumed", zero_stage=2, resume=True, save_every=1))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -145,9 +175,15 @@ def inputs(tmp_path_factory):
     for model, name in ((lm, "lm"), (rm, "rm")):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    for source, name in (("train.jsonl", "rows.jsonl"), ("preferences_train.jsonl", "pairs.jsonl")):
+    tied = GPT2LMHeadModel(GPT2Config(vocab_size=1024, n_positions=128, n_embd=32, n_layer=2, n_head=4))
+    lm.generation_config.eos_token_id = list(range(1024))  # any token ends a response
+    for model, name in ((tied, "tied"), (lm, "ending")):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for source, name in (("train.jsonl", "rows"), ("preferences_train.jsonl", "pairs")):
         lines = (ROOT / "assets" / "data" / source).read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / name).write_text("".join(lines[:7]), encoding="utf-8")
+        for file, count in ((name, 7), (f"{name}_5", 5), (f"{name}_1", 1)):
+            (folder / f"{file}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
     return folder
 
 
@@ -172,8 +208,8 @@ def one(inputs, tmp_path_factory):
     before = os.getcwd()
     os.chdir(ROOT)
     with contextlib.redirect_stdout(io.StringIO()):
-        for script in (sft, reward_model, ppo):
-            script.main(arguments(script, inputs, out / script.__name__))
+        for name, (script, changes) in ON_ONE_RANK.items():
+            script.main(arguments(script, inputs, out / name, **changes))
     os.chdir(before)
     return out
 
@@ -182,12 +218,25 @@ def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+DIFFERENCES = {}  # {case: what assert_same_weights has measured}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def record_differences():
+    """Write the differences of weights to the file that RECORD_DIFFERENCES names, when all tests are done."""
+    yield
+    if file := os.environ.get("RECORD_DIFFERENCES"):
+        Path(file).write_text(json.dumps(DIFFERENCES, indent=1) + "\n")
+
+
 def assert_same_weights(folder, other, start):
     """Two saved models differ by less than 1e-5 of their norm, and 1e-4 of how far training has moved them."""
+    case = " = ".join(f"{path.relative_to(path.parents[path.name == 'critic'])}" for path in (folder, other))
     a, b, start = (load_file(path / "model.safetensors") for path in (folder, other, start))
     assert a.keys() == b.keys()
     difference, norm, moved = (sum(float(x.double().square().sum()) for x in tensors) ** 0.5 for tensors in (
         [a[k] - b[k] for k in a], b.values(), [b[k] - start[k] for k in b.keys() & start.keys()]))
+    DIFFERENCES[case] = {"of the norm": difference / norm, "of the movement": difference / moved}
     assert moved > 1e-3 * norm, "training has hardly moved the weights"
     assert difference < 1e-5 * norm
     assert difference < 1e-4 * moved
@@ -248,7 +297,7 @@ def test_gather_rows_restores_the_order(both):
 
 
 def test_a_fault_on_one_rank_stops_all(two):
-    """A NaN, or a judge's fault, on rank 1 ends both ranks; rank 0 prints the line and no rank is left in a collective."""
+    """A NaN, or a judge's fault, on rank 1 ends both ranks; rank 0 prints the line, no rank is left in a collective."""
     texts = [json.loads((two / f"stopped_{number}.json").read_text()) for number in (0, 1)]
     assert "step 7: norm is not finite" in texts[0][0] and "bad_batch_rank1.pt" in texts[0][0]
     assert "--reward_function: it returned nan on query 'She was'" in texts[0][1]
@@ -284,7 +333,7 @@ def test_zero3_parameters_are_counted_in_full(two):
 # ---- Runs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["sft", "sft_zero3"])
+@pytest.mark.parametrize("run", ["sft", "sft_zero2", "sft_zero3"])
 def test_sft_on_two_ranks_equals_one(inputs, one, two, run):
     """sft.py: losses, gradient norms and weights of two ranks equal those of one, with an uneven last batch."""
     rows, expected = read(two / run / "metrics.jsonl"), read(one / "sft" / "metrics.jsonl")
@@ -292,13 +341,42 @@ def test_sft_on_two_ranks_equals_one(inputs, one, two, run):
     assert_same_weights(two / run, one / "sft", inputs / "lm")
 
 
-@pytest.mark.parametrize("run", ["reward_model", "reward_model_zero3"])
+@pytest.mark.parametrize("run", ["reward_model", "reward_model_zero2", "reward_model_zero3"])
 def test_reward_model_on_two_ranks_equals_one(inputs, one, two, run):
     """reward_model.py: losses, accuracies, weights and reward_mean of two ranks equal those of one."""
     assert_same_metrics(read(two / run / "metrics.jsonl"), read(one / "reward_model" / "metrics.jsonl"))
     assert_same_weights(two / run, one / "reward_model", inputs / "lm")
     configs = [json.loads((path / "config.json").read_text()) for path in (two / run, one / "reward_model")]
     assert configs[0]["reward_mean"] == pytest.approx(configs[1]["reward_mean"], rel=1e-4)
+
+
+def test_packed_sft_on_two_ranks_equals_one(inputs, one, two):
+    """sft.py --pack_length: two ranks equal one, also where the last batch is one pack and rank 1 has none."""
+    args, tokenizer = arguments(sft, inputs, "out", **PACKED), load_tokenizer(str(inputs / "lm"), "--model")
+    packs = sft.pack(sft.load_demonstrations(args.train_data, "--train_data", tokenizer, args), args.pack_length)
+    assert len(packs) == 3 and any(len(items) > 2 for items in packs)
+    rows, expected = read(two / "sft_packed" / "metrics.jsonl"), read(one / "sft_packed" / "metrics.jsonl")
+    assert sum("train/loss" in row for row in rows) == 4  # two batches, of 2 packs and of 1, in two epochs
+    assert_same_metrics(rows, expected, skip=("eval/rouge",))
+    assert_same_weights(two / "sft_packed", one / "sft_packed", inputs / "lm")
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model"])
+def test_a_rank_without_a_row_waits_for_the_other(inputs, one, two, script):
+    """Last batches of one row and one held-out row, so nothing for rank 1: ZeRO 3 on two ranks equals one rank."""
+    run, expected = two / f"{script}_few_zero3", one / f"{script}_few"
+    assert_same_metrics(read(run / "metrics.jsonl"), read(expected / "metrics.jsonl"), skip=("eval/rouge",))
+    assert_same_weights(run, expected, inputs / "lm")
+
+
+def test_zero3_trains_and_saves_tied_weights(inputs, one, two):
+    """A model with tied embeddings at ZeRO 3: the weights of one rank, saved once, reloaded whole and tied."""
+    run, expected = two / "sft_tied_zero3", one / "sft_tied"
+    assert_same_weights(run, expected, inputs / "tied")
+    model, loaded = AutoModelForCausalLM.from_pretrained(run, output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert_same_metrics(read(run / "metrics.jsonl"), read(expected / "metrics.jsonl"), skip=("eval/rouge",))
 
 
 def test_ppo_reference_run_has_unequal_endings(one):
@@ -330,6 +408,31 @@ def test_ppo_on_two_ranks_ends_with_the_same_weights(inputs, one, two, stage, mo
     """ppo.py: policy and critic of two ranks equal those of one after 3 updates, at every ZeRO stage."""
     start = inputs / ("rm" if model else "lm")
     assert_same_weights(two / f"ppo_zero{stage}" / model, one / "ppo" / model, start)
+
+
+@pytest.mark.parametrize("model", ["", "critic"], ids=["policy", "critic"])
+@pytest.mark.parametrize("run", ["ppo_micro1", "ppo_micro8"])
+def test_ppo_does_not_depend_on_micro_batches(inputs, one, run, model):
+    """ppo.py: 8 micro-batches of 1 and 1 of 8 end with the weights of 4 of 2."""
+    assert_same_weights(one / run / model, one / "ppo" / model, inputs / ("rm" if model else "lm"))
+
+
+@pytest.mark.parametrize("run, plain", [
+    ("ppo_zero2_savers", "ppo_zero2"), ("ppo_zero3_savers", "ppo_zero3"), ("ppo_offload_frozen", "ppo_zero0")])
+def test_ppo_saves_memory_without_changing_numbers(inputs, two, run, plain):
+    """Gradient checkpointing with optimizer offload, and frozen models offloaded: the same metrics and weights."""
+    assert_same_metrics(read(two / run / "metrics.jsonl"), read(two / plain / "metrics.jsonl"))
+    for model, start in (("", "lm"), ("critic", "rm")):
+        assert_same_weights(two / run / model, two / plain / model, inputs / start)
+
+
+def test_ppo_where_all_rows_end_at_once(inputs, one, two):
+    """Every response ends with its first token: at ZeRO 3 no rank hangs, and two ranks equal one."""
+    rows = read(two / "ppo_ending_zero3" / "metrics.jsonl")
+    assert {row["val/length"] for row in rows if "val/length" in row} == {1.0}
+    assert_same_metrics(rows, read(one / "ppo_ending" / "metrics.jsonl"))
+    for model, start in (("", "ending"), ("critic", "rm")):
+        assert_same_weights(two / "ppo_ending_zero3" / model, one / "ppo_ending" / model, inputs / start)
 
 
 def test_resume_on_two_ranks_is_exact(two):

@@ -1,46 +1,96 @@
 """The documentation is true: details have tags and tests, links lead somewhere, numbers of lines are right."""
 
+import ast
+import dataclasses
+import importlib
+import itertools
 import re
+import shlex
 
+import pytest
+import torch
+import tyro
 from conftest import ROOT
+from mutants import MUTANTS
+
+import ppo
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")])
-PAGES = sorted([ROOT / "README.md", ROOT / "assets/README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("records/*/README.md")])
+PAGES = sorted([ROOT / "README.md", *(page for pattern in ("assets/README.md", "docs/*.md", "records/*/README.md")
+                                     for page in ROOT.glob(pattern))])
 
 
 def tags():
-    """{(number, file)} of every [detail N] and [EN] in the code."""
-    return {(number.removeprefix("detail "), str(path.relative_to(ROOT)))
-            for path in SOURCES for number in re.findall(r"\[(detail \d+|E\d+)\]", path.read_text())}
-
-
-def rows():
-    """{number: (files, test file, test name)} of the two tables of docs/details.md."""
+    """{number: {file: its first line with this tag}} of every [detail N] and [EN] in the code."""
     found = {}
-    for line in (ROOT / "docs/details.md").read_text().splitlines():
-        if re.match(r"\| E?\d+ \|", line):
-            number, _, _, where, test = (cell.strip() for cell in line.strip("|").split(" | "))
-            assert number not in found, f"detail {number} has two rows"
-            found[number] = (re.findall(r"\[([\w/.]+)\]", where), *test.strip("` |").split("::"))
+    for path in SOURCES:
+        lines = path.read_text().splitlines()
+        header = len((ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").splitlines())
+        for line in [*range(header, len(lines)), *range(header)]:  # the module's docstring last
+            for number in re.findall(r"\[(?:detail )?(E?\d+)\]", lines[line]):
+                if number.startswith("E") or f"[detail {number}]" in lines[line]:
+                    found.setdefault(number, {}).setdefault(str(path.relative_to(ROOT)), line + 1)
     return found
 
 
+def where(files):
+    """The links of a row of docs/details.md."""
+    return ", ".join(f"[{file}](../{file}#L{line})" for file, line in files.items())
+
+
+def rows():
+    """{number: (links, test file, test name)} of the two tables of docs/details.md."""
+    found = {}
+    for line in (ROOT / "docs/details.md").read_text().splitlines():
+        if re.match(r"\| E?\d+ \|", line):
+            number, _, _, links, test = (cell.strip() for cell in line.strip("|").split(" | "))
+            assert number not in found, f"detail {number} has two rows"
+            found[number] = (links, *test.strip("` |").split("::"))
+    return found
+
+
+def write_links():
+    """Write the links of docs/details.md anew."""
+    lines, tagged = (ROOT / "docs/details.md").read_text().splitlines(), tags()
+    for i, line in enumerate(lines):
+        if re.match(r"\| E?\d+ \|", line):
+            cells = line.split(" | ")
+            cells[3] = where(tagged.get(cells[0].strip("| "), {}))
+            lines[i] = " | ".join(cells)
+    (ROOT / "docs/details.md").write_text("\n".join(lines) + "\n")
+
+
 def test_every_tag_has_a_row_and_every_row_its_tags():
-    """The files that a row names are exactly those that carry its number."""
-    named = {(number, file) for number, (files, _, _) in rows().items() for file in files}
-    assert len(named) > 40
-    assert named == tags()
+    """A row links the first line with its number in each file that has one. Remedy: python tests/test_docs.py."""
+    assert len(rows()) > 60
+    assert {number: links for number, (links, _, _) in rows().items()} == {
+        number: where(files) for number, files in tags().items()}
+
+
+def test_every_detail_of_the_paper_is_there_or_says_why():
+    """1 to 49: a row, or a word in the paragraph of those that no line carries."""
+    without = re.search(r"Without a row, .*?\n\n", (ROOT / "docs/details.md").read_text(), re.S)[0]
+    missing = [number for number in range(1, 50) if str(number) not in rows()]
+    assert missing and all(re.search(rf"\({number}[:)]", without) for number in missing)
 
 
 def test_the_tests_that_rows_name_exist():
     """A row names a test function that is there."""
     for number, (_, file, name) in rows().items():
-        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), f"detail {number}: {file}::{name}"
+        source = (ROOT / "tests" / file).read_text()
+        assert re.search(rf"^def {name}\(", source, re.M), f"detail {number}: {file}::{name}"
+
+
+def test_every_row_has_a_mutant_that_fits():
+    """tests/mutants.py breaks each detail that has a row, in a text that its file holds exactly once."""
+    assert set(MUTANTS) == set(rows())
+    for number, (file, text, broken) in MUTANTS.items():
+        assert (ROOT / file).read_text().count(text) == 1 and text != broken, f"detail {number}: {file}: {text}"
 
 
 def test_links_lead_to_files():
     """Every relative link of every page leads to a file of the repository."""
-    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
     assert len(links) > 40
     for page, link in links:
         assert (page.parent / link).exists(), f"{page.name}: {link}"
@@ -52,3 +102,131 @@ def test_readme_states_the_length_of_each_script():
     assert set(stated) == {path.name for path in ROOT.glob("*.py")}
     for name, lines in stated.items():
         assert abs(int(lines) - len((ROOT / name).read_text().splitlines())) <= 5, name
+
+
+# ---- Commands ---------------------------------------------------------------------------------------------
+
+SEEDS = {44413, 55513, 66613, 77713}
+PAPER = {  # nplus.md 2.1, 2.2, 2.4: sections 5 to 7 of the paper and its code
+    "sft": dict(lr=3e-6, adam_eps=1e-5, weight_decay=0.01, max_grad_norm=0.0, warmup_ratio=0.0, epochs=1,
+                batch_size=128, micro_batch_size=1, max_prompt_length=512, max_length=562, response_length=53, temperature=0.01,
+                completion_only=False, pack_length=0, num_samples=6447),
+    "reward_model": dict(lr=3e-6, adam_eps=1e-5, weight_decay=0.01, max_grad_norm=0.0, warmup_ratio=0.0, epochs=1,
+                         batch_size=64, micro_batch_size=1, max_prompt_length=512, max_length=2022),
+    "ppo": dict(lr=3e-6, critic_lr=3e-6, adam_eps=1e-5, weight_decay=0.01, max_grad_norm=0.0, total_episodes=1_000_000,
+                num_updates=1953, batch_size=512, num_minibatches=1, num_ppo_epochs=4, kl_coef=0.05,
+                gamma=1.0, lam=0.95,
+                cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, temperature=0.7, top_p=1.0, repetition_penalty=1.0,
+                max_prompt_length=512, response_length=53, missing_eos_score=-1.0, whiten_rewards=False),
+}
+MEMORY = {"1b": (16, 64, False), "2.8b": (4, 32, False), "6.9b": (1, 4, True)}  # micro-batch, rollout, offload
+
+
+def commands(page):
+    """[(script, Args, command)] of every command of a page that runs a script, loops over SIZE and SEED unrolled."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S):
+        lines = block.replace("\\\n", " ").splitlines()
+        loops = dict(re.findall(r"for (SIZE|SEED) in ([\w. ]+); do", lines[0]))
+        for size, seed in itertools.product(*(loops.get(name, "-").split() for name in ("SIZE", "SEED"))):
+            for line in lines:
+                words = shlex.split(line.replace("${SIZE}", size).replace("$SIZE", size).replace("$SEED", seed))
+                script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+                if script is not None and words[0] in ("deepspeed", "python"):
+                    name = words[script].removesuffix(".py")
+                    args = tyro.cli(importlib.import_module(name).Args, args=words[script + 1 :])
+                    found.append((name, args, words[: script + 1]))
+    return found
+
+
+def test_paper_commands_have_the_papers_settings():
+    """Each command of docs/scaling.md parses, and its Args are those of the paper's tables."""
+    found = commands("docs/scaling.md")
+    for name, args, _ in found:
+        for flag, value in PAPER[name].items():
+            assert getattr(args, flag) == value, (name, flag)
+        assert args.bf16 and args.zero_stage == 2 and args.seed in SEEDS
+        assert "summarize_from_feedback" in (args.prompts if name == "ppo" else args.train_data)
+    policies = [args for name, args, words in found if name == "ppo" and words == ["deepspeed", "ppo.py"]]
+    for size, memory in MEMORY.items():
+        of_size = [args for args in policies if args.sft_model.startswith(f"models/sft_{size}_")]
+        assert {args.seed for args in of_size} == SEEDS
+        assert {(args.micro_batch_size, args.rollout_batch_size, args.offload_frozen) for args in of_size} == {memory}
+    assert [name for name, _, words in found if "--num_gpus" in words] == ["ppo"]
+    trained = [(name, args.seed) for name, args, _ in found if name != "ppo"]
+    assert sorted(trained) == sorted((name, seed) for name in ("sft", "reward_model") for seed in SEEDS for _ in MEMORY)
+
+
+def test_paper_commands_hand_their_models_on():
+    """Every model folder that a command reads was written by a command before it, with the same seed."""
+    written = set()
+    for name, args, _ in commands("docs/scaling.md"):
+        reads = [args.sft_model, args.reward_model] if name == "ppo" else [args.model]
+        for path in reads:
+            assert path in written or path.startswith("EleutherAI/"), path
+            assert path.startswith("EleutherAI/") or str(args.seed) in path
+        written.add(args.output_dir)
+
+
+def test_help_states_the_papers_values():
+    """Where a flag's help says "Paper: 0.05", the number is that of the paper's table."""
+    for name, table in PAPER.items():
+        source = (ROOT / f"{name}.py").read_text()
+        for flag, value in table.items():
+            text = re.search(rf'^    {flag}: .*\n    """.*Paper: (-?[\d.,e-]*\d)', source, re.M)
+            if text and flag not in ("max_length", "num_samples"):  # 638 with 2021 for CNN/DM; all of them
+                assert float(text[1].replace(",", "")) == float(value), (name, flag)
+
+
+# ---- The worked example -----------------------------------------------------------------------------------
+
+
+def worked_tables():
+    """[{first cell: [numbers]}] of the tables of docs/worked_example.md."""
+    tables = []
+    for block in re.findall(r"(?:^\|.*\n)+", (ROOT / "docs/worked_example.md").read_text(), re.M):
+        rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()[2:]]
+        tables.append([(row[0], [float(cell) for cell in row[1:6]]) for row in rows])
+    return tables
+
+
+def test_worked_example_is_what_the_functions_give():
+    """Every number of docs/worked_example.md, by ppo.py's own functions on the three responses together."""
+    first, others = worked_tables()
+    first = dict(first)
+    rows = [numbers for _, numbers in others]
+    old = torch.tensor([first["log-probability under the policy"], rows[1], rows[5]])
+    ref = torch.tensor([first["under the reference"], rows[2], rows[6]])
+    sampled = torch.tensor([[5, 6, 0, 7, 8], rows[0], rows[4]]).long()
+    responses, lengths, ended = ppo.truncate_at_eos(sampled, torch.tensor([0]), 9)
+    mask, value_mask = ppo.response_masks(lengths, 5)
+    scores = torch.where(ended, torch.tensor([1.5, 2.0, 3.0]), -1.0)
+    values = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], [0.5] * 5, [0, 0.1, 0.2, 0.3, 0.4]]) * value_mask
+    kl = ppo.k1(old * mask, ref * mask)
+    rewards = ppo.token_rewards(kl, scores, lengths, 0.05)
+    advantages, returns = ppo.gae(rewards, values, 1.0, 0.95)
+    deltas = rewards + torch.nn.functional.pad(values, (0, 1))[:, 1:] - values
+    whitened = ppo.masked_whiten(advantages, mask)
+    expected = {
+        "token": responses[0], "counts as an action: t <= e": mask[0], "counts as a state: t <= e + 1": value_mask[0],
+        "value of the state before the token": values[0], "KL estimate k1": kl[0],
+        "reward: -0.05 KL, and the score at e + 1": rewards[0], "delta: reward + next value - value": deltas[0],
+        "advantage: delta + 0.95 next advantage": advantages[0], "return: advantage + value": returns[0],
+        "whitened advantage, 0 where masked": whitened[0]}
+    assert set(first) - set(expected) == {"log-probability under the policy", "under the reference"}
+    for name, tensor in expected.items():
+        assert first[name] == pytest.approx(tensor.float().tolist(), abs=1e-6), name
+    assert rows[0] == responses[1].tolist() and rows[4] == responses[2].tolist()
+    assert rows[3] == pytest.approx(rewards[1].tolist(), abs=1e-6)
+    assert rows[7] == pytest.approx(rewards[2].tolist(), abs=1e-6)
+
+
+def test_flags_of_the_trl_map_exist():
+    """Every --flag that docs/coming_from_trl.md names is one of ppo.py."""
+    flags = set(re.findall(r"`--(\w+)", (ROOT / "docs/coming_from_trl.md").read_text())) - {"help"}
+    assert len(flags) > 15
+    assert flags <= {field.name for field in dataclasses.fields(ppo.Args)}
+
+
+if __name__ == "__main__":
+    write_links()

@@ -13,8 +13,11 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, tiny_config
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, PreTrainedTokenizerFast
 
 import ppo
 from test_generate import biased_to
@@ -602,7 +605,8 @@ def test_logged_metrics_equal_slow_loops_over_counted_tokens(spied):
             "val/clipfrac_avg": (2 * value_losses > (v_new - v_return) ** 2).float().mean(),
             "objective/scores": u.scores.mean(), "objective/kl": u.kl.sum(1).mean(), "val/explained_variance": explained,
             "objective/kl_k3": ((u.ref_logprobs - u.logprobs).exp() - 1 + u.kl).sum(1).mean(),
-            "objective/entropy": -u.logprobs.sum(1).mean(), "objective/non_score_reward": -0.3 * u.kl.sum(1).mean(),
+            "objective/entropy": -(u.logprobs * u.mask).sum(1).mean(),
+            "objective/non_score_reward": -0.3 * u.kl.sum(1).mean(),
             "objective/rlhf_reward": u.scores.mean() - 0.3 * u.kl.sum(1).mean(),
             "val/length": u.lengths.float().mean(), "val/ended": u.ended.float().mean(),
         }.items():
@@ -794,8 +798,8 @@ def test_equal_returns_do_not_stop_a_run(assets, tmp_path):
 
 
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(assets, tmp_path, monkeypatch):
-    """Both models recompute their activations, and the gradients stay the same."""
-    gradients, recomputed = {}, []
+    """Both models recompute their activations; gradients and the weights after 2 steps stay the same to 1e-6."""
+    gradients, weights_after, recomputed = {}, {}, []
     checkpoint = transformers.modeling_utils.checkpoint
     monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *args, **options: (
         recomputed.append(torch.is_grad_enabled()), checkpoint(*args, **options))[1])
@@ -803,7 +807,131 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(assets, tmp_p
         steps = []
         run(assets, tmp_path / str(name), steps, gradient_checkpointing=name)
         gradients[name] = [step.gradient for step in steps[:2]]  # policy, critic
+        folder = tmp_path / str(name)
+        weights_after[name] = [load_file(path / "model.safetensors") for path in (folder, folder / "critic")]
     assert sum(recomputed) == 2 * 2 * 2 * 4  # models x layers x epochs x micro-batches
-    for plain, saving in zip(gradients[False], gradients[True]):
+    for plain, saving in zip(gradients[False] + weights_after[False], gradients[True] + weights_after[True]):
         for key in plain:
             close(plain[key], saving[key], atol=1e-6)
+
+
+# ---- Frozen models ----------------------------------------------------------------------------------------
+
+
+BYTES = {letter: i + 3 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+@pytest.fixture(scope="module")
+def byte_reward_model(tmp_path_factory):
+    """A reward model whose tokens are bytes; its tokenizer puts a BOS in front. BOS 0, EOS 1, PAD 2."""
+    folder = tmp_path_factory.mktemp("byte_reward_model")
+    tokens = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "<pad>": 2, **BYTES}, []))
+    tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokens.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    torch.manual_seed(3)
+    config = tiny_config(vocab_size=259, pad_token_id=2, eos_token_id=1, num_labels=1, reward_mean=0.25)
+    GPTNeoXForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_retokenized_scores_equal_those_of_the_texts(assets, byte_reward_model, tmp_path, monkeypatch, capsys):
+    """Every score is the reward model's on BOS, the bytes of query and response, and EOS only where the row ended."""
+    calls, values, original, gae = [], [], ppo.score_responses, ppo.gae
+
+    def spy(*args, **options):
+        calls.append((*args[7], args[6].tolist(), original(*args, **options).tolist()))
+        return original(*args, **options)
+
+    monkeypatch.setattr(ppo, "score_responses", spy)
+    monkeypatch.setattr(ppo, "gae", lambda *args: values.append(args[1]) or gae(*args))
+    metrics = run(assets, tmp_path / "run", reward_model=byte_reward_model, retokenize=True, missing_eos_score=None)
+    classifier = AutoModelForSequenceClassification.from_pretrained(byte_reward_model).eval()
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    scores = []
+    for queries, responses, ended, found in calls:
+        for query, response, end, score in zip(queries, responses, ended, found):
+            spelled = "".join(piece for piece, _ in spell.pre_tokenize_str(query + response))
+            ids = [0] + [BYTES[letter] for letter in spelled] + [1] * end
+            close(score, classifier(torch.tensor([ids])).logits.item() - 0.25, 1e-4)
+            scores.append((end, score))
+    assert [len(found) for _, _, _, found in calls] == [8, 16, 8]  # held-out, training, held-out
+    assert {end for end, _ in scores} == {True, False} and len({round(score, 3) for _, score in scores}) > 16
+    close(training(metrics)[0]["objective/scores"], sum(calls[1][3]) / 16, 1e-5)
+    assert (values[0] == 0).all()  # the critic starts from the policy's model with a head of zeros [E13]
+    assert f"starts from {assets['sft_model']} with a head of zeros" in capsys.readouterr().out
+    critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/critic")
+    assert critic.get_input_embeddings().num_embeddings == 1024 and getattr(critic.config, "reward_mean", 0.0) == 0.0
+
+
+def test_retokenized_text_longer_than_the_positions_is_refused(assets, byte_reward_model, tmp_path, capsys):
+    """A text with more of the reward model's tokens than that has positions ends the run in one line."""
+    folder = shutil.copytree(byte_reward_model, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    with pytest.raises(SystemExit):
+        run(assets, tmp_path / "run", reward_model=str(folder), retokenize=True)
+    error = capsys.readouterr().err
+    assert error.startswith("error: --retokenize: a text has") and "that has 8 positions" in error
+
+
+def test_another_tokenizer_needs_the_flag(assets, byte_reward_model, tmp_path, capsys):
+    """Without --retokenize a reward model with another vocabulary is refused in one line that names the flag."""
+    with pytest.raises(SystemExit):
+        run(assets, tmp_path / "run", reward_model=byte_reward_model)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --reward_model {byte_reward_model}") and error.count("\n") == 1
+    assert "--retokenize" in error and not (tmp_path / "run").exists()
+
+
+def test_retokenize_changes_nothing_for_the_same_vocabulary(assets, tmp_path, spied):
+    """With the flag, a reward model of the policy's own vocabulary reads ids as ever, and starts the critic."""
+    metrics = run(assets, tmp_path / "run", retokenize=True)
+    assert metrics[0] == spied.metrics[0]
+    for name in ("objective/scores", "val/explained_variance", "objective/entropy"):
+        assert training(metrics)[0][name] == training(spied.metrics)[0][name]
+
+
+def test_detail_48_frozen_models_are_on_the_device_only_when_used(assets, tmp_path, monkeypatch):
+    """--offload_frozen: reference and reward model come before they are used and leave before decoding and training.
+
+    On the CPU all metrics, samples and weights are the same bits as without.
+    """
+    here, events, loaded = torch.device("cpu"), [], []
+    to, init, load_causal_lm = torch.nn.Module.to, ppo.init_distributed, ppo.load_causal_lm
+
+    def spy(kind, original):
+        def wrapper(*args, **options):
+            events.append((kind, args[0]))
+            return original(*args, **options)
+        return wrapper
+
+    def recorded_to(self, where, *rest, **options):
+        events.append(("device" if where is here else "cpu", self))
+        return to(self, where, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", recorded_to)
+    monkeypatch.setattr(ppo, "init_distributed", lambda *args: (init(*args), here)[1])
+    monkeypatch.setattr(ppo, "load_causal_lm", lambda *args: loaded.append(load_causal_lm(*args)) or loaded[-1])
+    for kind, name in (("use", "response_logits"), ("use", "score_responses"), ("free", "rollout"),
+                       ("free", "optimizer_step")):
+        monkeypatch.setattr(ppo, name, spy(kind, getattr(ppo, name)))
+    for name, offload in (("plain", False), ("offloaded", True)):
+        events.clear(), loaded.clear()
+        run(assets, tmp_path / name, total_episodes=32, offload_frozen=offload)
+        reward_model, = {model for kind, model in events if isinstance(model, ppo.ScalarModel) and kind == "use"}
+        place, uses = {loaded[1]: "cpu", reward_model: "cpu"}, 0  # the second language model is the reference
+        for kind, model in events:
+            if kind in ("device", "cpu") and model in place:
+                place[model] = kind
+            elif kind == "use" and model in place:
+                uses += 1
+                assert place[model] == "device"
+                assert not offload or sorted(place.values()) == ["cpu", "device"]  # one at a time
+            elif kind == "free" and offload:
+                assert set(place.values()) == {"cpu"}
+        assert uses == 2 * (1 + 1) + 2 * (4 + 1)  # evaluations and updates: forwards of the reference, scores
+        assert set(place.values()) == {"cpu" if offload else "device"}
+    for file in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors"):
+        assert digest(tmp_path / "plain" / file) == digest(tmp_path / "offloaded" / file), file

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+import transformers
 from conftest import ROOT, tiny_config
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
@@ -181,9 +183,10 @@ def test_detail_11_head_init(d):
     assert torch.equal(model.score.weight, weights[7])  # the seed decides
 
 
-def test_detail_e6_head_has_no_bias(tiny_classifier):
-    """T14: the head of the Hugging Face classes is a weight alone."""
+def test_detail_e6_head_has_no_bias(tiny_classifier, trained):
+    """T14: the head of the Hugging Face classes is a weight alone, also after training."""
     assert tiny_classifier.score.bias is None and tiny_classifier.score.weight.shape == (1, 64)
+    assert [name for name in load_file(trained / "model.safetensors") if name.startswith("score")] == ["score.weight"]
 
 
 @torch.no_grad()
@@ -346,10 +349,10 @@ class Scorer:
         return torch.tensor(scores)[:, None].expand(ids.shape)
 
 
-def evaluate(function, rows, tokenizer):
+def evaluate(function, rows, tokenizer, **changes):
     pairs = [(*(reward_model.encode(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")), row)
              for row in rows]
-    return reward_model.evaluate(Scorer(function), pairs, tokenizer, reward_model.Args())
+    return reward_model.evaluate(Scorer(function), pairs, tokenizer, reward_model.Args(**changes))
 
 
 def test_evaluate_longer_wins_by_hand(tokenizer):
@@ -357,7 +360,7 @@ def test_evaluate_longer_wins_by_hand(tokenizer):
     rows = [{"prompt": prompt, "chosen": " good" * a, "rejected": " no" * b}
             for prompt, a, b in ((" she", 3, 1), (" she", 2, 1), (" he", 2, 2), (" it", 1, 4))]
     assert all(len(tokenizer(word).input_ids) == 1 for word in (" she", " he", " it", " good", " no"))
-    metrics, samples = evaluate(len, rows, tokenizer)
+    metrics, samples, _ = evaluate(len, rows, tokenizer)
     assert metrics["longer_wins"] == metrics["accuracy"] == 0.625
     assert metrics["score_length_correlation"] == pytest.approx(1)
     assert metrics["accuracy_low"] <= 0.625 <= metrics["accuracy_high"]
@@ -376,8 +379,47 @@ def test_evaluate_shuffled_prompts_are_never_the_own(tokenizer):
     def repeats(ids):
         return ids[0] in ids[1:]
 
-    metrics, _ = evaluate(repeats, rows, tokenizer)
+    metrics, _, _ = evaluate(repeats, rows, tokenizer)
     assert (metrics["accuracy"], metrics["shuffled_prompts"]) == (1, 0.5)
+
+
+GROUPED = [{"prompt": f" she{' is' * i}", "chosen": " good" * a, "rejected": " no" * b, "split": split, "batch": batch,
+            "confidence": confidence} for i, (a, b, split, batch, confidence) in enumerate((
+                (3, 1, "valid1", "batch11", 1), (1, 2, "valid1", "batch11", 5), (2, 2, "valid1", "batch13", 5),
+                (4, 1, "valid2", "batch13", 5), (2, 1, "valid2", "batch13", 9), (1, 3, "valid2", "batch8", 1)))]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 100])
+def test_detail_16_accuracy_by_column_by_hand(micro_batch_size, tokenizer):
+    """T19: six pairs right, wrong, tied, right, right, wrong: accuracy overall and by split, batch and confidence."""
+    metrics, _, _ = evaluate(len, GROUPED, tokenizer, accuracy_by=("split", "batch", "confidence"),
+                             micro_batch_size=micro_batch_size)
+    assert metrics["accuracy"] == pytest.approx(3.5 / 6)
+    assert {name: value for name, value in metrics.items() if name.startswith("accuracy/")} == pytest.approx({
+        "accuracy/split/valid1": 0.5, "accuracy/split/valid2": 2 / 3, "accuracy/batch/batch11": 0.5,
+        "accuracy/batch/batch13": 2.5 / 3, "accuracy/batch/batch8": 0.0, "accuracy/confidence/1": 0.5,
+        "accuracy/confidence/5": 0.5, "accuracy/confidence/9": 1.0})
+    assert not any(name.startswith("accuracy/") for name in evaluate(len, GROUPED, tokenizer)[0])
+
+
+def test_detail_18_calibration_by_hand():
+    """T19: bins of 0.5 by |difference|, their accuracy with ties 1/2, their mean sigmoid; empty ones are left out."""
+    differences = [0.1, -0.2, 0.4, 0.0, 0.5, 0.7, -0.9, 1.6, -1.6]
+    chosen = np.arange(9) / 3
+    table = reward_model.calibration(chosen, chosen - differences)
+    sigmoid = {x: 1 / (1 + math.exp(-x)) for x in map(abs, differences)}
+    expected = [(0.0, 4, 2.5 / 4, (sigmoid[0.1] + sigmoid[0.2] + sigmoid[0.4] + 0.5) / 4),
+                (0.5, 3, 2 / 3, (sigmoid[0.5] + sigmoid[0.7] + sigmoid[0.9]) / 3), (1.5, 2, 0.5, sigmoid[1.6])]
+    assert [tuple(row) for row in table] == [("from", "pairs", "accuracy", "predicted")] * 3
+    assert [tuple(row.values()) for row in table] == [pytest.approx(row) for row in expected]
+
+
+def test_detail_18_calibration_ends_at_a_quantile():
+    """T19: bins reach to the 99.5 % quantile of |difference|: 5 outliers of 1,000 have none, 6 of them do."""
+    for outliers, last in ((5, 1.0), (6, 3.5)):
+        differences = np.array([0.2] * 500 + [1.2] * (500 - outliers) + [3.7] * outliers)
+        table = reward_model.calibration(differences, 0 * differences)
+        assert [row["from"] for row in table] == sorted({0.0, 1.0, last})
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -400,6 +442,47 @@ def test_main_learns_and_reports(trained):
     assert rows[0] == {"step": 0, **summary["before"]} and rows[-1] == {"step": 12, **summary["after"]}
     for name in ("args.json", "README.md", "samples.jsonl", "tensorboard", "tokenizer.json"):
         assert (trained / name).exists(), name
+
+
+def test_accuracy_by_a_column_that_is_not_there_is_refused(files, tmp_path, capsys):
+    """--accuracy_by a column that the held-out pairs lack ends in one line that lists those they have."""
+    with pytest.raises(SystemExit):
+        run(files, tmp_path / "run", accuracy_by=("confidense",))
+    error = capsys.readouterr().err
+    assert "--accuracy_by confidense" in error and "Found: prompt, chosen, rejected" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_main_reports_accuracy_by_column_and_calibration(files, tmp_path):
+    """T19: --accuracy_by groups the held-out accuracy of every evaluation; summary.json has the calibration bins."""
+    rows = [{**row, "batch": f"batch{i % 3}", "extra": {}} for i, row in enumerate(PAIRS[28:])]
+    held_out = write_rows(tmp_path / "held_out.jsonl", rows)
+    run({**files, "eval_data": (held_out,)}, tmp_path / "run", epochs=1, accuracy_by=("batch",), eval_every=2)
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    evaluations = [row for row in metrics if "eval/held_out/accuracy" in row]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    for row in evaluations:
+        scores = [(sample["chosen_score"], sample["rejected_score"]) for sample in samples
+                  if sample["step"] == row["step"]]
+        correct = [chosen > rejected for chosen, rejected in scores]
+        assert {name: value for name, value in row.items() if "/batch/" in name} == pytest.approx({
+            f"eval/held_out/accuracy/batch/batch{i}": sum(correct[i::3]) / len(correct[i::3]) for i in range(3)})
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["calibration"] == {"held_out": reward_model.calibration(*zip(*scores))}
+    assert summary["calibration"]["held_out"][0]["pairs"] > 0
+
+
+def test_gradient_checkpointing_changes_nothing(files, tmp_path, monkeypatch):
+    """After 2 steps the weights with and without recomputed activations agree to 1e-6; it does recompute."""
+    models, recomputed, checkpoint = [], [], transformers.modeling_utils.checkpoint
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *args, **options: (
+        recomputed.append(torch.is_grad_enabled()), checkpoint(*args, **options))[1])
+    for switch in (False, True):
+        run(files, tmp_path / str(switch), epochs=1, batch_size=14, gradient_checkpointing=switch)
+        models.append(flat(AutoModelForSequenceClassification.from_pretrained(tmp_path / str(switch))))
+        assert sum(recomputed) == switch * 2 * 2 * 2  # steps x micro-batches x layers
+    assert (models[0] - models[1]).abs().max() < 1e-6
 
 
 @torch.no_grad()

@@ -3,14 +3,16 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import ROOT, tiny_config
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaConfig
-from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import LlamaForCausalLM, MistralConfig, get_cosine_schedule_with_warmup
 
 import sft
 from utils.data import pad, permutation
@@ -28,6 +30,13 @@ def tokenizer():
 
 def encode_all(rows, tokenizer):
     return [(*sft.encode_demonstration(row, tokenizer), row) for row in rows]
+
+
+def collate(items, tokenizer, completion_only):
+    """sft.collate of rows without packing: ids, mask (True at real tokens), labels."""
+    packs = [item and [item] for item in items]
+    ids, segments, labels = sft.collate(packs, tokenizer, completion_only, "cpu")
+    return ids, segments > 0, labels
 
 
 def write_rows(path, rows):
@@ -70,17 +79,17 @@ def trained(tmp_path_factory, tokenizer):
 def test_detail_3_eos_is_a_target(rows, completion_only, tokenizer):
     """T3: EOS is the last real token of every row, once, and its label is counted; PAD is another token."""
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
-    ids, mask, labels = sft.collate(encode_all(rows, tokenizer), tokenizer, completion_only, "cpu")
+    ids, mask, labels = collate(encode_all(rows, tokenizer), tokenizer, completion_only)
     for row_ids, row_mask, row_labels in zip(ids, mask, labels):
         assert row_ids[row_mask][-1] == row_labels[row_mask][-1] == EOS
         assert (row_ids == EOS).sum() == 1
 
 
 def test_detail_3_pad_is_never_a_target(tokenizer):
-    """T3: labels are the ids at real tokens and -100, which the loss ignores, at PAD."""
-    ids, mask, labels = sft.collate(encode_all(PROMPTS + TEXTS, tokenizer), tokenizer, False, "cpu")
+    """T3: labels are the ids at real tokens but the first, and -100, which the loss ignores, at PAD."""
+    ids, mask, labels = collate(encode_all(PROMPTS + TEXTS, tokenizer), tokenizer, False)
     assert not mask.all() and (ids[~mask] == PAD).all() and (ids[mask] != PAD).all()
-    assert (labels[~mask] == -100).all() and torch.equal(labels[mask], ids[mask])
+    assert (labels[~mask] == -100).all() and torch.equal(labels[:, 1:][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
 
 
 def test_detail_3_pad_as_eos_is_refused(tmp_path, tokenizer, capsys):
@@ -99,7 +108,7 @@ def test_detail_3_pad_as_eos_is_refused(tmp_path, tokenizer, capsys):
 def test_detail_5_rows_are_padded_right(tokenizer):
     """T3: training rows start in the first column, whatever their length."""
     items = encode_all(TEXTS, tokenizer)
-    ids, mask, _ = sft.collate(items, tokenizer, False, "cpu")
+    ids, mask, _ = collate(items, tokenizer, False)
     for (sequence, _, _), row_ids, row_mask in zip(items, ids, mask):
         assert row_ids[: len(sequence)].tolist() == sequence
         assert row_mask.tolist() == [True] * len(sequence) + [False] * (ids.shape[1] - len(sequence))
@@ -109,8 +118,8 @@ def test_detail_9_prompt_tokens_count(tokenizer):
     """T11: by default prompt tokens are targets like all others; with completion_only only those after it are."""
     (ids, prompt_length, row), = items = encode_all(PROMPTS[:1], tokenizer)
     assert tokenizer.decode(ids[:prompt_length]) == row["prompt"]
-    assert sft.collate(items, tokenizer, False, "cpu")[2][0].tolist() == ids
-    assert sft.collate(items, tokenizer, True, "cpu")[2][0].tolist() == [-100] * prompt_length + ids[prompt_length:]
+    assert collate(items, tokenizer, False)[2][0].tolist() == [-100] + ids[1:]  # the first token follows nothing
+    assert collate(items, tokenizer, True)[2][0].tolist() == [-100] * prompt_length + ids[prompt_length:]
 
 
 def test_detail_e1_prompt_and_completion_are_tokenised_apart(tokenizer):
@@ -137,17 +146,17 @@ def test_encode_demonstration_puts_one_bos_in_front():
 def test_count_labels_agrees_with_collate(completion_only, tokenizer):
     """T11: the number that divides the loss is the number of labels that the loss sees, in both modes."""
     items = encode_all(PROMPTS + TEXTS + [{"prompt": "", "completion": " sat on the mat"}], tokenizer)
-    _, _, labels = sft.collate(items, tokenizer, completion_only, "cpu")
+    _, _, labels = collate(items, tokenizer, completion_only)
     seen = (labels[:, 1:] != -100).sum(1).tolist()  # the first token has nothing before it
     assert [sft.count_labels(item, completion_only) for item in items] == seen
 
 
 def test_collate_none_is_a_row_without_labels(tokenizer):
     """T11: the row that fills up a rank's short share adds nothing to the loss."""
-    ids, mask, labels = sft.collate([None], tokenizer, False, "cpu")
+    ids, mask, labels = collate([None], tokenizer, False)
     assert mask.any() and (labels == -100).all()
     items = encode_all(PROMPTS, tokenizer)
-    _, mask, labels = sft.collate(items + [None], tokenizer, False, "cpu")
+    _, mask, labels = collate(items + [None], tokenizer, False)
     logits = torch.randn(3, mask.shape[1], 1024)
     alone = sft.sft_loss_sum(logits[:2], labels[:2]).item()
     assert sft.sft_loss_sum(logits, labels).item() == pytest.approx(alone, rel=1e-6)
@@ -250,6 +259,116 @@ def test_detail_7_a_loaded_model_has_no_dropout(tmp_path, tokenizer):
     assert torch.equal(first, second)
 
 
+# ---- Packing ----------------------------------------------------------------------------------------------
+
+
+def random_items(lengths, seed=0):
+    """Rows of so many random tokens, EOS last; a third of each is prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randint(2, 60, (n - 1,), generator=generator).tolist() + [EOS], n // 3, {"row": i})
+            for i, n in enumerate(lengths)]
+
+
+def with_attention(family, attention):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    config = {
+        "gpt_neox": tiny_config(), "gpt2": GPT2Config(**sizes, n_positions=16),
+        "llama": LlamaConfig(**sizes, intermediate_size=128, num_key_value_heads=2)}[family]
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama"])
+def test_packed_rows_have_their_own_logits(family, attention, tokenizer):
+    """The logits of each row of a pack are those of the row alone, also where the pack exceeds GPT-2's positions."""
+    model, items = with_attention(family, attention), random_items([9, 2, 5, 7, 1, 4])
+    ids, segments, _ = sft.collate([items[:4], items[4:]], tokenizer, False, "cpu")  # the second one has pads
+    logits = sft.forward_logits(model, ids, segments)
+    for i, members in enumerate((items[:4], items[4:])):
+        for number, (row, _, _) in enumerate(members, 1):
+            alone = model(torch.tensor([row])).logits[0]
+            assert (logits[i][segments[i] == number] - alone).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama"])
+def test_packed_rows_are_blind_to_one_another(family, tokenizer):
+    """Another first row leaves the logits of the second one as they are, bit for bit, and so the other way round."""
+    model = with_attention(family, "sdpa")
+    (first, second), (other_first, other_second) = random_items([6, 7]), random_items([6, 7], seed=1)
+    logits = [sft.forward_logits(model, *sft.collate([pack], tokenizer, False, "cpu")[:2])[0]
+              for pack in ([first, second], [other_first, second], [first, other_second])]
+    assert torch.equal(logits[0][6:], logits[1][6:]) and torch.equal(logits[0][:6], logits[2][:6])
+    assert (logits[0][:6] - logits[1][:6]).abs().max() > 0.1 and (logits[0][6:] - logits[2][6:]).abs().max() > 0.1
+
+
+def test_positions_restart_in_every_row_of_a_pack(tokenizer):
+    """Position ids count from 0 in each row; the model is never given PAD."""
+    seen = {}
+
+    class Model(torch.nn.Linear):
+        def forward(self, **inputs):
+            seen.update(inputs)
+            return SimpleNamespace(logits=torch.zeros(1))
+
+    packs = [random_items([3, 1, 4]), random_items([2, 3])]
+    sft.forward_logits(Model(1, 1), *sft.collate(packs, tokenizer, False, "cpu")[:2])
+    positions = seen["position_ids"]
+    assert positions[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 3] and positions[1, :5].tolist() == [0, 1, 0, 1, 2]
+    assert (seen["input_ids"] != PAD).all() and seen["input_ids"][1, 5:].tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_first_token_of_a_packed_row_has_no_label(completion_only, tokenizer):
+    """Labels of a pack are those of its rows one by one: never a row's first token, with the flag no prompt token."""
+    items = random_items([6, 3, 7, 1])
+    ids, segments, labels = sft.collate([items], tokenizer, completion_only, "cpu")
+    assert segments[0].tolist() == [1] * 6 + [2] * 3 + [3] * 7 + [4]
+    start = 0
+    for row, prompt_length, _ in items:
+        first = max(1, prompt_length) if completion_only else 1
+        assert labels[0, start : start + len(row)].tolist() == [-100] * first + row[first:]
+        assert ids[0, start : start + len(row)].tolist() == row
+        start += len(row)
+    counted = sum(sft.count_labels(item, completion_only) for item in items)
+    assert (labels[0, 1:] != -100).sum() == counted
+
+
+@pytest.mark.parametrize("pack_length", [12, 17, 50])
+def test_pack_loses_and_repeats_no_row(pack_length):
+    """Every row lies whole in exactly one pack, no pack is over the length, and no two packs fit into one."""
+    lengths = torch.randint(2, 13, (80,), generator=torch.Generator().manual_seed(0)).tolist()
+    items = random_items(lengths)
+    packs = sft.pack(items, pack_length)
+    assert sorted(item[2]["row"] for pack in packs for item in pack) == list(range(80))
+    assert all(item == items[item[2]["row"]] for pack in packs for item in pack)
+    sizes = sorted(sum(len(ids) for ids, _, _ in pack) for pack in packs)
+    assert sum(sizes) == sum(lengths) and sizes[-1] <= pack_length and sizes[0] + sizes[1] > pack_length
+    assert len(packs) <= 1.2 * sum(lengths) / pack_length
+    assert sft.pack(items, 0) == [[item] for item in items]
+
+
+def test_pack_takes_the_fullest_list_with_room():
+    """By hand: 7 and 5 open a list each; 3 fits the fuller one, then 2 fits only the other, and 1 fills the first."""
+    packs = sft.pack(random_items([1, 2, 7, 3, 5]), 11)
+    assert [[len(ids) for ids, _, _ in pack] for pack in packs] == [[7, 3, 1], [5, 2]]
+
+
+@pytest.mark.parametrize("completion_only", [False, True])
+def test_packed_gradient_equals_the_unpacked_one(completion_only, tokenizer, tiny_lm):
+    """A step over the same rows, packed or each alone, has the same gradient to a relative norm of 1e-5."""
+    items = random_items([9, 3, 5, 7, 2, 4, 8, 6])
+    count, gradients = sum(sft.count_labels(item, completion_only) for item in items), []
+    for packs in ([[item] for item in items], sft.pack(items, 16)):
+        tiny_lm.zero_grad()
+        ids, segments, labels = sft.collate(packs, tokenizer, completion_only, "cpu")
+        (sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, segments), labels) / count).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in tiny_lm.parameters()]))
+    assert len(packs) == 3 and (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
 # ---- Loss and schedule ------------------------------------------------------------------------------------
 
 
@@ -270,7 +389,7 @@ def test_sft_loss_sum_equals_a_loop_over_tokens():
 def test_sft_loss_sum_ignores_more_pads(tokenizer, tiny_lm):
     """T11: appending 9 pads to a batch leaves its loss as it is."""
     items = [(ids, 1, {}) for ids in ([5, 6, 7, EOS], [8, 9, 10, 11, 12, EOS])]
-    ids, mask, labels = sft.collate(items, tokenizer, False, "cpu")
+    ids, mask, labels = collate(items, tokenizer, False)
     loss = sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, mask), labels)
     ids, mask, labels = (F.pad(x, (0, 9), value=fill) for x, fill in ((ids, PAD), (mask, False), (labels, -100)))
     again = sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, mask), labels)
@@ -287,7 +406,7 @@ def test_detail_e2_gradient_does_not_depend_on_micro_batches(tokenizer, tiny_lm)
     for size in (8, 1):
         tiny_lm.zero_grad()
         for start in range(0, 8, size):
-            ids, mask, labels = sft.collate(items[start : start + size], tokenizer, True, "cpu")
+            ids, mask, labels = collate(items[start : start + size], tokenizer, True)
             (sft.sft_loss_sum(sft.forward_logits(tiny_lm, ids, mask), labels) / count).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in tiny_lm.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
@@ -414,11 +533,11 @@ def test_main_saves_the_weights_that_it_evaluated(trained, tokenizer):
 
 def test_main_visits_every_row_once_an_epoch_in_a_new_order(trained, tmp_path, tokenizer, monkeypatch):
     """T18: each epoch trains on each row exactly once, another epoch in another order."""
-    seen, collate = [], sft.collate
+    seen, original = [], sft.collate
 
-    def spy(items, *rest):
-        seen.append([item[2] for item in items])
-        return collate(items, *rest)
+    def spy(packs, *rest):
+        seen.append([item[2] for items in packs for item in items])
+        return original(packs, *rest)
 
     monkeypatch.setattr(sft, "collate", spy)
     files, _ = trained
@@ -430,6 +549,71 @@ def test_main_visits_every_row_once_an_epoch_in_a_new_order(trained, tmp_path, t
     for rows in epochs:
         assert sorted(map(str, rows)) == sorted(map(str, train))
     assert {str(row) for row in batches[0]} != {str(row) for row in batches[4]}
+
+
+def test_main_learns_from_packs(trained, tmp_path, capsys, monkeypatch):
+    """With --pack_length an epoch is fewer sequences over the same rows, each once, and the held-out loss falls."""
+    seen, original = [], sft.collate
+
+    def spy(packs, *rest):
+        seen.append(packs)
+        return original(packs, *rest)
+
+    monkeypatch.setattr(sft, "collate", spy)
+    files, _ = trained
+    run(files, tmp_path / "run", pack_length=64, batch_size=2, micro_batch_size=2, log_every=10)
+    batches = [packs for packs in seen if any(len(items) > 1 for items in packs)]
+    train = [json.loads(line) for line in open(files["train_data"])]
+    first_epoch = [item[2] for packs in batches[:3] for items in packs for item in items]
+    assert sorted(map(str, first_epoch)) == sorted(map(str, train))
+    assert len(batches) == 36 and all(sum(len(item[0]) for item in items) <= 64 for packs in batches for items in packs)
+    assert "36 steps of 2 sequences" in capsys.readouterr().out  # 280 tokens or so: 5 packs, 3 steps an epoch
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["after"]["eval/loss"] < 0.5 * summary["before"]["eval/loss"]
+
+
+def test_main_steps_alike_packed_and_unpacked(trained, tmp_path):
+    """A step over all rows ends with the same weights, loss and gradient norm in packs as with each row alone."""
+    files, _ = trained
+    models, rows = [], []
+    for name, changes in {"plain": dict(batch_size=28), "packed": dict(batch_size=8, pack_length=64)}.items():
+        run(files, tmp_path / name, epochs=1, warmup_ratio=0.0, **changes)
+        models.append(flat(AutoModelForCausalLM.from_pretrained(tmp_path / name)))
+        rows.append(read_metrics(tmp_path / name)[1])
+    assert rows[0]["step"] == 1 and (models[0] - models[1]).abs().max() < 1e-4
+    for name in ("train/loss", "train/grad_norm"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["short", "window"])
+def test_pack_length_that_cannot_work_is_refused(case, trained, tmp_path, capsys):
+    """A pack shorter than a row may be, and rows beyond a model's sliding attention window, end in one line."""
+    files, _ = trained
+    changes = dict(max_length=64, pack_length=63)
+    if case == "window":  # the pack's own mask would let its rows see further than the model may
+        config = MistralConfig(vocab_size=1024, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                               num_key_value_heads=2, intermediate_size=32, sliding_window=63)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        load_tokenizer(files["model"], "--model").save_pretrained(tmp_path / "model")
+        changes = dict(max_length=64, pack_length=128, model=str(tmp_path / "model"))
+    with pytest.raises(SystemExit):
+        run({**files, **changes}, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert error.startswith("error: --pack_length") and error.count("\n") == 1
+    assert "--max_length" in error and "63" in error and not (tmp_path / "run").exists()
+
+
+def test_gradient_checkpointing_changes_nothing(trained, tmp_path, monkeypatch):
+    """After 2 steps the weights with and without recomputed activations agree to 1e-6; it does recompute."""
+    files, _ = trained
+    models, recomputed, checkpoint = [], [], transformers.modeling_utils.checkpoint
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *args, **options: (
+        recomputed.append(torch.is_grad_enabled()), checkpoint(*args, **options))[1])
+    for switch in (False, True):
+        run(files, tmp_path / str(switch), epochs=1, batch_size=14, gradient_checkpointing=switch)
+        models.append(flat(AutoModelForCausalLM.from_pretrained(tmp_path / str(switch))))
+        assert sum(recomputed) == switch * 2 * 2 * 2  # steps x micro-batches x layers
+    assert (models[0] - models[1]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("micro_batch_size, completion_only", [(8, False), (3, True), (1, True)])

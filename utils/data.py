@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.formats import standard_row
 from utils.launch import fail, fail_together, print0, rank, world_size
 from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def load_rows(path, flag, columns):
-    """Rows of a data set as a list of dicts.
+def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
+    """Rows of a data set as a list of dicts, published layouts brought into the scripts' columns (utils/formats.py).
 
-    path: a .jsonl, .json, .csv or .parquet file, a local folder that `datasets` can read, or a Hub id.
+    path: a .jsonl, .json, .csv or .parquet file, a local folder that `datasets` can read, or a Hub id; of the last two
+        the split train, or another one as in `owner/name:validation`.
     columns: the alternatives of columns that the script understands, e.g. [("prompt", "completion"), ("text",)];
         the first one that the rows have counts: it must be text in every row, and the other alternatives are dropped.
     """
@@ -30,16 +32,26 @@ def load_rows(path, flag, columns):
             fail(f"{flag} {path}: unknown kind of file. Understood: {', '.join(FORMATS)}, a folder or a Hub id")
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
         rows = readers.get(file.suffix, _read_with_datasets)(path, flag)
-    elif file.is_dir() or (is_hub_id(path) and file.suffix not in FORMATS):
+    elif (folder := Path(path.partition(":")[0])).is_dir() or (is_hub_id(path) and folder.suffix not in FORMATS):
         rows = _read_with_datasets(path, flag)
     else:
         fail(f"{flag} {path}: no such file or folder")
     if not rows:
         fail(f"{flag} {path}: no rows in it")
+    found = ", ".join(rows[0])
+    for i, row in enumerate(rows):
+        try:
+            rows[i] = standard_row(row, tokenizer, max_prompt_length)
+        except ValueError as error:
+            fail(f"{flag} {path}, row {i + 1}: {error}")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            fail(f"{flag} {path}, row {i + 1}: not the layout that its columns promise "
+                 f"({type(error).__name__}: {error})")
     wanted = next((names for names in columns if set(names) <= set(rows[0])), None)
     if wanted is None:
         understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
-        fail(f"{flag} {path}: found the columns {{{', '.join(rows[0])}}}; understood are {understood}")
+        fail(f"{flag} {path}: found the columns {{{found}}}; understood are {understood}, the same as messages, and "
+             "the layouts in utils/formats.py")
     others = {name for names in columns for name in names} - set(wanted)
     for number, row in enumerate(rows, 1):
         for name in others & set(row):
@@ -93,21 +105,23 @@ def _parse_json(text, path, flag, line=1):
 
 
 def _read_with_datasets(path, flag):
-    """The train split of a .parquet file, a folder or a Hub id."""
+    """The rows of a .parquet file, or of one split of a folder or a Hub id."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
+        name, _, split = path.partition(":")
         if path.endswith(".parquet"):
             table = datasets.load_dataset("parquet", data_files=path, split="train")
-        elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(path)
-            table = table["train"] if isinstance(table, datasets.DatasetDict) else table
+        elif (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            table = datasets.load_from_disk(name)
+            table = table[split or "train"] if isinstance(table, datasets.DatasetDict) else table
         else:
-            table = datasets.load_dataset(path, split="train")
+            table = datasets.load_dataset(name, split=split or "train")
     except Exception as error:
         fail(f"{flag} {path}: cannot be read ({first_line(error.__cause__ or error)})")
-    return table.to_list()
+    endings = ("_token", "_token_len", "_token_response_label")  # the paper's sets have ids, 169 KiB a row
+    return table.remove_columns([name for name in table.column_names if name.endswith(endings)]).to_list()
 
 
 def load_function(spec, flag):

@@ -1,5 +1,6 @@
 """Plumbing between the command line and the algorithm: ranks, devices, DeepSpeed engines, one-line errors."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -18,8 +19,8 @@ AT_LEAST_1 = {
     "num_minibatches", "response_length", "max_length", "max_prompt_length", "num_eval_prompts", "eval_every",
     "save_every", "log_every"}
 AT_LEAST_0 = {
-    "seed", "num_samples", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef", "vf_coef",
-    "cliprange", "cliprange_value"}
+    "seed", "num_samples", "pack_length", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef",
+    "vf_coef", "cliprange", "cliprange_value"}
 ABOVE_0 = {"temperature", "top_p", "repetition_penalty", "timeout_minutes"}
 AT_MOST_1 = {"top_p", "gamma", "lam", "warmup_ratio"}
 
@@ -142,6 +143,16 @@ def barrier():
         dist.barrier()
 
 
+@contextlib.contextmanager
+def on_device(model, device, offload):
+    """Within, a frozen model (or None) is on its device; afterwards, with offload, in CPU memory again."""
+    if model:
+        model.to(device)
+    yield
+    if model and offload:
+        model.to("cpu")
+
+
 # ---- DeepSpeed --------------------------------------------------------------------------------------------
 
 
@@ -160,8 +171,8 @@ def deepspeed_config(args):
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,  # DeepSpeed's own default is 1.0
-        "bf16": {"enabled": args.bf16},  # bf16 weights with fp32 master weights and optimizer state
+        "gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,  # [detail 44] not DeepSpeed's 1.0
+        "bf16": {"enabled": args.bf16},  # [detail 8] bf16 weights with fp32 master weights and optimizer state
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW offloads too, and needs no compiler
         "zero_allow_untested_optimizer": True,
@@ -234,7 +245,7 @@ def full_state_dict(engine):
     import deepspeed
 
     state = {}
-    for name, param in engine.module.named_parameters(remove_duplicate=False):
+    for name, param in engine.module.named_parameters():  # a tied weight once, as transformers saves it
         with deepspeed.zero.GatheredParameters([param]):
             if rank() == 0:
                 state[name] = param.detach().cpu().clone()

@@ -1,5 +1,6 @@
 """Loading and saving Hugging Face folders: tokenizer, language models, sequence classifiers. Safe by default."""
 
+import inspect
 import os
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def load_tokenizer(path, flag):
              "Save one there with tokenizer.save_pretrained")
     if tokenizer.eos_token_id is None:
         fail(f"{flag} {path}: its tokenizer has no EOS token, so no response could ever end. Set eos_token")
+    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+        fail(f"{flag} {path}: its tokenizer ends every text with EOS, prompts too. Set add_eos_token to false: the "
+             "scripts put EOS where it belongs")
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -58,6 +62,9 @@ def load_causal_lm(path, flag, tokenizer, bf16=False):
     model, loaded = _load(AutoModelForCausalLM, path, flag, bf16)
     if "score.weight" in loaded["unexpected_keys"]:
         fail(f"{flag} {path}: this is a reward model or critic. Give a language model")
+    if type(model.config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:  # transformers loads it, without a causal mask
+        fail(f"{flag} {path}: {type(model).__name__} is of an encoder family, whose tokens see the tokens after them. "
+             "Give a decoder (GPT-NeoX, GPT-2, Llama, Qwen, Mistral, Gemma, ...)")
     _check_complete(loaded, path, flag)
     eos_token_id = getattr(model.generation_config, "eos_token_id", None)
     model.generation_config = GenerationConfig(  # token ids alone: stored sampling settings would be saved again
@@ -85,9 +92,14 @@ def _load(auto_class, path, flag, bf16, **options):
     check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to safetensors")
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
-        return auto_class.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        model, loaded = auto_class.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
     except Exception as error:
         fail(f"{flag} {path}: cannot load a model from it ({first_line(error)})")
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:  # BLOOM would ignore ours
+        fail(f"{flag} {path}: {type(model).__name__} takes no position_ids. Families that do (GPT-NeoX, GPT-2, Llama, "
+             "Qwen, Mistral, Gemma, ...) work")
+    return model, loaded
 
 
 def _check_complete(loaded, path, flag):

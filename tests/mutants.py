@@ -1,0 +1,152 @@
+"""Does each detail's test see it when the detail is broken? python tests/mutants.py [NUMBER ...]
+
+One patch per detail of docs/details.md, applied alone to a copy of the repository; then the test of its row runs there
+and must fail. Prints a table; the exit code is 1 if any patch goes unseen. Not part of the gate (about ten minutes);
+tests/test_docs.py checks that every row has a patch and that the patches still fit the code.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MUTANTS = {  # number: (file, text, broken text)
+    "1": ("utils/formats.py", 'summaries[row["choice"]], summaries[1 - row["choice"]]',
+          'summaries[1 - row["choice"]], summaries[row["choice"]]'),
+    "2": ("utils/formats.py", 'text.rpartition("\\n")', 'text.partition("\\n")'),
+    "3": ("sft.py", "[tokenizer.eos_token_id], len(prompt)", "[], len(prompt)"),
+    "4": ("utils/formats.py", "CNNDM_PROMPT_LENGTH = 1919", "CNNDM_PROMPT_LENGTH = 512"),
+    "5": ("sft.py", 'pad(sequences, tokenizer.pad_token_id, "right", device)',
+          'pad(sequences, tokenizer.pad_token_id, "left", device)'),
+    "6": ("reward_model.py", 'pair[2].get("batch") in CNNDM_BATCHES', "False"),
+    "7": ("utils/models.py", "            module.p = 0.0\n", "            pass\n"),
+    "8": ("utils/launch.py", '"bf16": {"enabled": args.bf16}', '"bf16": {"enabled": False}'),
+    "9": ("sft.py", "uncounted = max(1, item[1]) if completion_only else 1", "uncounted = max(1, item[1])"),
+    "10": ("reward_model.py", "return -F.logsigmoid(chosen_scores - rejected_scores)",
+           "return -F.logsigmoid(rejected_scores - chosen_scores)"),
+    "11": ("reward_model.py", "math.sqrt(d + 1)", "(d + 1)"),
+    "12": ("reward_model.py", "(positions * mask).argmax(-1)", "(~mask).int().argmax(-1) - 1"),
+    "13": ("ppo.py", "torch.where(ended, scores, args.missing_eos_score)", "scores"),
+    "14": ("reward_model.py", "hidden = self.classifier.base_model(",
+           "position_ids = None; hidden = self.classifier.base_model("),
+    "15": ("reward_model.py", ".squeeze(-1).float() - self.reward_mean", ".squeeze(-1).float()"),
+    "16": ("reward_model.py", "str(row.get(column))", '"all"'),
+    "18": ("reward_model.py", "np.arange(0, np.quantile(sizes, 0.995) + 1e-12, width)",
+           "np.arange(0, sizes.max() + width, width)"),
+    "20": ("ppo.py", "    cliprange: float = 0.2\n", "    cliprange: float = 0.1\n"),
+    "21": ("ppo.py", "permutation(num_prompts, seed, epoch)", "permutation(num_prompts, seed)"),
+    "22": ("ppo.py", 'classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)',
+           'classifier = load_classifier(args.sft_model, "--sft_model", tokenizer, new_head=True)'),
+    "23": ("ppo.py", "torch.where(ended, scores, args.missing_eos_score)",
+           "torch.where(ended, scores, scores + args.missing_eos_score)"),
+    "24": ("ppo.py", "whitened if shift_mean else whitened + mean", "whitened"),
+    "25": ("ppo.py", "whitened = (values - mean) * torch.rsqrt", "whitened = values * torch.rsqrt"),
+    "26": ("ppo.py", "logits.float() / (temperature + 1e-7)", "logits.float()"),
+    "27": ("ppo.py", "return scale_logits(logits, temperature, forbidden)",
+           "return scale_logits(logits, 1.0, forbidden)"),
+    "28": ("ppo.py", "critic(ids, mask)[:, -response_width - 1 :]", "critic(ids, mask)[:, -response_width :]"),
+    "29": ("ppo.py", "        if len(going_on) < len(alive):\n", "        if False:\n"),
+    "30": ("ppo.py", "logprobs * mask, ref_logprobs * mask", "logprobs, ref_logprobs"),
+    "31": ("ppo.py", "t < lengths[:, None] + 1", "t < lengths[:, None]"),
+    "32": ("ppo.py", "return logprobs - ref_logprobs", "return (logprobs - ref_logprobs) ** 2 / 2"),
+    "33": ("ppo.py", "torch.where(lengths < kl.shape[1], lengths, lengths - 1)", "lengths - 1"),
+    "35": ("ppo.py", "masked_whiten(rewards, value_mask, shift_mean=False)",
+           "masked_whiten(rewards, mask, shift_mean=False)"),
+    "36": ("ppo.py", "advantage = delta + gamma * lam * advantage", "advantage = delta + lam * lam * advantage"),
+    "37": ("ppo.py", "masked_whiten(advantages, mask)", "masked_whiten(advantages, value_mask)"),
+    "38": ("ppo.py", "return torch.maximum(unclipped, clipped), (clipped > unclipped)",
+           "return torch.minimum(unclipped, clipped), (clipped > unclipped)"),
+    "39": ("ppo.py", "0.5 * torch.maximum(unclipped, clipped)", "torch.maximum(unclipped, clipped)"),
+    "40": ("ppo.py", "pg_loss / counts[0] * world_size()", "pg_loss / token_mask.sum() * world_size()"),
+    "41": ("ppo.py", "permutation(len(episodes), args.seed, update, rank(), epoch)",
+           "permutation(len(episodes), args.seed, update, rank())"),
+    "42": ("ppo.py", "1 - (update - 1) / args.num_updates", "1 - update / args.num_updates"),
+    "43": ("ppo.py", "betas=(0.9, 0.999), eps=args.adam_eps,", "betas=(0.9, 0.999),"),
+    "44": ("utils/launch.py", "            if args.max_grad_norm > 0:\n", "            if True:\n"),
+    "45": ("sft.py", "position_ids = (counted - 1 - starts).clamp(min=0)",
+           "position_ids = torch.arange(ids.shape[1]).expand_as(ids)"),
+    "46": ("ppo.py", "np.random.default_rng((seed, update, n))", "np.random.default_rng((seed, update, n % 2))"),
+    "47": ("ppo.py", 'optimizer_step(engines["critic"], critic_lr)', 'optimizer_step(engines["critic"], lr)'),
+    "48": ("utils/launch.py", "    if model and offload:\n", "    if False:\n"),
+    "49": ("ppo.py", "noise = sampling_noise(0, 0, mine, args.response_length)",
+           "noise = sampling_noise(args.seed, update, mine, args.response_length)"),
+    "E1": ("sft.py", 'completion = tokenizer(row["completion"], add_special_tokens=False).input_ids',
+           'completion = tokenizer(row["prompt"] + row["completion"]).input_ids[len(prompt):]'),
+    "E2": ("ppo.py", "pg_loss / counts[0] * world_size()", "pg_loss / token_mask.sum() * world_size()"),
+    "E3": ("sft.py", "math.ceil(len(packs) / args.batch_size)", "len(packs) // args.batch_size"),
+    "E4": ("utils/models.py", "                setattr(module, key, 0.0)\n", "                pass\n"),
+    "E5": ("utils/data.py", "rows[rank() :: world_size()]", "rows[rank() :: world_size() + 1]"),
+    "E6": ("reward_model.py", "model.score.weight.data.copy_(",
+           "model.score.bias = torch.nn.Parameter(torch.ones(1)); model.score.weight.data.copy_("),
+    "E7": ("reward_model.py", "(chosen > rejected) + 0.5 * (chosen == rejected)\n\n\ndef clustered",
+           "(chosen > rejected) + 0.0 * (chosen == rejected)\n\n\ndef clustered"),
+    "E8": ("ppo.py", "pg_clipfrac, approx_kl, ratio, ratio_square = (all_sum(token_sums) / counted[0])",
+           "pg_clipfrac, approx_kl, ratio, ratio_square = (all_sum(token_sums) / (4 * mask.numel()))"),
+    "E9": ("ppo.py", "args.vf_coef * vf_loss / counts[1]", "vf_loss / counts[1]"),
+    "E10": ("ppo.py", "mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)",
+            "mask = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)"),
+    "E11": ("ppo.py", "np.random.default_rng((seed, update, n)).random(length)",
+            "np.random.default_rng((seed, update, n, length)).random(length)"),
+    "E12": ("ppo.py", "forbidden[list(tokenizer.get_vocab().values())] = False",
+            "forbidden[: len(tokenizer)] = False"),
+    "E13": ("ppo.py", "torch.nn.init.zeros_(classifier.score.weight)", "torch.nn.init.ones_(classifier.score.weight)"),
+    "E14": ("ppo.py", "elif not drift <= 1e-4:", "elif False:"),
+    "E15": ("ppo.py", "logprobs * mask, ref_logprobs * mask", "logprobs * mask + ~mask, ref_logprobs * mask + ~mask"),
+    "E16": ("ppo.py", "noise = sampling_noise(0, 0, mine, args.response_length)",
+            "noise = sampling_noise(args.seed, 0, mine, args.response_length)"),
+    "E17": ("utils/models.py", "state = {name.removeprefix(inner): tensor for name, tensor in state.items()}", "pass"),
+    "E18": ("utils/launch.py", '"gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,',
+            '"gradient_clipping": 1.0,'),
+    "E19": ("utils/run.py", "if all(_sha256(checkpoint / name) == value for name, value in sums.items()):", "if True:"),
+    "E20": ("ppo.py", "max(response_lengths[i] for i in rows)", "min(response_lengths[i] for i in rows)"),
+    "E21": ("sft.py", "same = (segments[:, :, None] == segments[:, None, :]).tril()",
+            "same = (segments[:, :, None] >= segments[:, None, :]).tril()"),
+    "E22": ("ppo.py", "+ [retokenizer.eos_token_id] * end for", "+ [retokenizer.eos_token_id] for"),
+}
+
+
+def rows():
+    """{number: test} of docs/details.md."""
+    found = {}
+    for line in (ROOT / "docs" / "details.md").read_text().splitlines():
+        if match := re.match(r"\| (E?\d+) \|.*\| `([\w./]+::\w+)` \|$", line):
+            found[match[1]] = "tests/" + match[2]
+    return found
+
+
+def killed(number, test):
+    """Whether the test fails in a copy of the repository with this detail broken."""
+    file, text, broken = MUTANTS[number]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "records", "__pycache__"))
+        source = (copy / file).read_text()
+        assert source.count(text) == 1, f"{number}: {file} has this text {source.count(text)} times: {text}"
+        (copy / file).write_text(source.replace(text, broken))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stdout[-2000:]  # anything else: the test did not run
+        return done.returncode == 1
+
+
+def main(numbers):
+    survivors = 0
+    print("| detail | file | broken | test | |\n|-|-|-|-|-|", flush=True)
+    for number, test in rows().items():
+        if not numbers or number in numbers:
+            seen = killed(number, test)
+            survivors += not seen
+            line = MUTANTS[number][2].strip().splitlines() or ["(line removed)"]
+            shown = line[0].replace("|", "\\|")
+            verdict = "killed" if seen else "SURVIVED"
+            print(f"| {number} | {MUTANTS[number][0]} | `{shown}` | {test} | {verdict} |", flush=True)
+    print(f"\n{survivors} survived")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""Published data layouts into the columns that the scripts read: prompt, completion, chosen, rejected, text.
+
+What is understood, by its columns (Hub ids are examples of each):
+  subreddit, title, post, summary       TL;DR as OpenAI published it (vwxyzjn/summarize_from_feedback_tldr_3_filtered)
+  info, summaries, choice               its comparisons, CNN/DM among them (HuggingFaceH4/summarize-from-feedback)
+  query, reference_response             preprocessed by the paper's authors
+                                        (vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144)
+  query, chosen, rejected               (vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144)
+  chosen, rejected                      two whole dialogues with a common beginning (Anthropic/hh-rlhf), or messages
+  messages; or any column as messages   conversations, through the tokenizer's chat template
+"""
+
+import os
+import re
+
+from jinja2 import TemplateError
+
+TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # [detail 2] no space at the end
+CNNDM = "Article:\n{article}\n\nTL;DR:\n"
+CNNDM_PROMPT_LENGTH = 1919  # [detail 4] tokens, where TL;DR has 512
+CNNDM_BATCHES = {"batch0_cnndm", "cnndm0", "cnndm2"}  # [detail 6] not of TL;DR: an evaluation set of their own
+
+
+def standard_row(row, tokenizer, max_prompt_length):
+    """A row (dict) with the scripts' columns, whatever published layout it has; unknown layouts are left as they are.
+
+    No text ends with the tokenizer's EOS: the scripts put it there. Raises ValueError with the reason where a row of a
+    known layout cannot be used.
+    """
+    if "info" in row and "summaries" in row:
+        row = comparison(row, tokenizer, max_prompt_length)
+    elif {"subreddit", "title", "post"} <= set(row) and not {"query", "prompt"} & set(row):
+        row = {**row, "prompt": fit_query(TLDR, row, "post", tokenizer, max_prompt_length)}
+        if "summary" in row:
+            row["completion"] = one_space(row["summary"])
+    elif "query" in row and "prompt" not in row:
+        row = {**row, "prompt": row["query"]}
+        if "reference_response" in row:
+            row["completion"] = row["reference_response"]
+        if isinstance(row.get("extra"), dict):
+            row["confidence"] = row["extra"].get("confidence")
+        for name in {"completion", "chosen", "rejected"} & set(row):
+            row[name] = row[name].removesuffix("<|endoftext|>")  # whatever the tokenizer's own EOS is
+    elif any(isinstance(row.get(name), list) for name in ("messages", "prompt", "chosen", "rejected")):
+        row = conversation(row, tokenizer)
+    elif {"chosen", "rejected"} <= set(row) and "prompt" not in row:
+        row = dialogue(row)
+    ends = {name: row[name].removesuffix(tokenizer.eos_token) for name in ("text", "completion", "chosen", "rejected")
+            if isinstance(row.get(name), str)}
+    return {**row, **ends}
+
+
+# ---- Summarisation ----------------------------------------------------------------------------------------
+
+
+def fit_query(template, info, field, tokenizer, max_tokens):
+    """The prompt, its `field` cut until it has at most max_tokens [detail 2].
+
+    At the last newline of the field, paragraph by paragraph; without one, character by character. The cue at the end
+    of the template always survives; a hard cut of the tokens would lose it.
+    """
+    for name in re.findall(r"{(\w+)}", template):
+        if not isinstance(info[name], str):
+            raise ValueError(f"{name} must be text, found {info[name]!r:.60}")
+
+    def query(text):
+        return template.format(**{**info, field: text})
+
+    def fits(text):
+        return len(tokenizer(query(text)).input_ids) <= max_tokens
+
+    text = info[field]
+    while not fits(text) and "\n" in text:
+        text = text.rpartition("\n")[0]
+    if fits(text):
+        return query(text)
+    low, high = 0, len(text)  # bisect first: a character at a time is slow, and tokens grow almost evenly with text
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(text[:middle]) else (low, middle - 1)
+    for length in range(min(low + 32, len(text)), -1, -1):
+        if fits(text[:length]):
+            return query(text[:length])
+    raise ValueError(f"prompt over {max_tokens} tokens with an empty {field}")
+
+
+def comparison(row, tokenizer, max_prompt_length):
+    """OpenAI's comparisons [detail 1]: two summaries, who wrote them, which one the worker chose, how surely."""
+    info, summaries = row["info"], row["summaries"]
+    if len(summaries) != 2 or row["choice"] not in (0, 1):
+        raise ValueError(f"needs two summaries and choice 0 or 1, found {len(summaries)} and {row['choice']!r}")
+    if info.get("article") is None:
+        prompt = fit_query(TLDR, info, "post", tokenizer, max_prompt_length)
+    else:
+        prompt = fit_query(CNNDM, info, "article", tokenizer, CNNDM_PROMPT_LENGTH)
+    chosen, rejected = summaries[row["choice"]], summaries[1 - row["choice"]]
+    return {
+        "prompt": prompt, "chosen": one_space(chosen["text"]), "rejected": one_space(rejected["text"]),
+        "chosen_policy": chosen.get("policy"), "rejected_policy": rejected.get("policy"),
+        "policies": "--".join(sorted(str(summary.get("policy")) for summary in summaries)),
+        "batch": row.get("batch"), "split": row.get("split"),
+        "confidence": (row.get("extra") or {}).get("confidence")}
+
+
+def one_space(text):
+    """A summary with exactly one leading space [detail 3]: these texts have one already."""
+    return " " + text.strip()
+
+
+# ---- Conversations ----------------------------------------------------------------------------------------
+
+
+def dialogue(row):
+    """HH-RLHF: both texts begin with the same turns; the last answer of each is the completion."""
+    common = os.path.commonprefix([row["chosen"], row["rejected"]])
+    cue = "\n\nAssistant:"
+    end = common.rfind(cue)
+    if end < 0:
+        raise ValueError(f"chosen and rejected have no common beginning with {cue!r}, and there is no prompt")
+    end += len(cue)
+    return {**row, "prompt": row["chosen"][:end], "chosen": row["chosen"][end:], "rejected": row["rejected"][end:]}
+
+
+def conversation(row, tokenizer):
+    """Messages ({role, content} lists) through the chat template: the prompt up to the last answer, and the answers.
+
+    The prompt ends with the template's cue for an answer. It keeps no BOS that the tokenizer adds by itself.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("messages, and the tokenizer has no chat template")
+    row = dict(row)
+    if not isinstance(row.get("prompt"), list) and "chosen" in row:  # both whole: they share all turns but the last
+        row["prompt"] = row["chosen"][:-1]
+        if row["rejected"][:-1] != row["prompt"]:
+            raise ValueError("chosen and rejected differ before their last message")
+        row["chosen"], row["rejected"] = row["chosen"][-1:], row["rejected"][-1:]
+    if "messages" in row:
+        row["prompt"], row["completion"] = row["messages"][:-1], row["messages"][-1:]
+    prompt, options = row["prompt"], {"tools": row["tools"]} if row.get("tools") else {}
+    row["prompt"] = render(prompt, tokenizer, add_generation_prompt=True, **options)
+    for name in {"completion", "chosen", "rejected"} & set(row):
+        if not row[name] or row[name][-1].get("role") != "assistant":
+            raise ValueError(f"{name}: its last message is not the assistant's")
+        whole = render(prompt + row[name], tokenizer, **options)
+        if not whole.startswith(row["prompt"]):
+            raise ValueError("the chat template renders the prompt otherwise when an answer follows")
+        row[name] = whole[len(row["prompt"]):].rstrip()  # templates end a turn with EOS and perhaps a newline
+    added = tokenizer("").input_ids
+    if added and added[0] == tokenizer.bos_token_id:  # the tokenizer will put it there
+        row["prompt"] = row["prompt"].removeprefix(tokenizer.bos_token)
+    return row
+
+
+def render(messages, tokenizer, **options):
+    """The chat template's text. Keys without a value are left out: `datasets` gives every message all keys."""
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for message in messages:
+        if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
+            raise ValueError(f"the content of a message must be text, found {message.get('content')!r:.60}")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:  # some templates refuse roles, or their order
+        raise ValueError(f"the chat template refuses it ({error})") from error
