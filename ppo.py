@@ -28,10 +28,10 @@ import torch
 import tyro
 from transformers import DynamicCache
 
-from utils.data import call_judge, chunks, describe, load_function, load_rows, pad, permutation
+from utils.data import call_judge, chunks, load_function, load_prompts, pad, permutation
 from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, fail_together
-from utils.launch import finish, gather_rows, init_distributed, on_device, optimizer_step, print0, print_memory_plan
-from utils.launch import rank, rollout_weights, world_size
+from utils.launch import finish, gather_rows, init_distributed, note_small_lr, on_device, optimizer_step, print0
+from utils.launch import print_memory_plan, rank, rollout_weights, world_size
 from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
 from utils.models import load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
@@ -148,17 +148,6 @@ class Args:
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
-
-
-def load_prompts(path, flag, tokenizer, args):
-    """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
-    rows = load_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
-    encoded = [(tokenizer(row["prompt"]).input_ids, row["prompt"]) for row in rows]
-    kept = [item for item in encoded if 0 < len(item[0]) <= args.max_prompt_length]
-    empty = sum(not ids for ids, _ in encoded)
-    describe(flag, path, [len(ids) for ids, _ in kept],
-             {f"over {args.max_prompt_length} tokens": len(encoded) - len(kept) - empty, "empty": empty})
-    return kept
 
 
 def prompts_of_episodes(episodes, num_prompts, seed):
@@ -535,9 +524,7 @@ def main(args: Args):
            f"each; writes {folder}")
     print_memory_plan(args, count_parameters(policy) + count_parameters(critic), sum(
         count_parameters(model) for model in (ref_policy, reward_model, decoding_copy) if model))
-    if args.lr <= 1e-6 and count_parameters(policy) < 1e8:
-        print0(f"{'note':<22}--lr {args.lr:g} suits models of 1B parameters and more. This one has "
-               f"{count_parameters(policy) / 1e6:.1f}M and will hardly move; its default is {Args.lr:g}")
+    note_small_lr(args.lr, Args.lr, count_parameters(policy))
 
     def evaluate(update):
         """Continue the held-out prompts, with the same noise at every update and for every seed [detail 49] [E16]."""

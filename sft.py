@@ -28,8 +28,8 @@ import tyro
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights, world_size
-from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
-from utils.models import load_tokenizer, save_model
+from utils.models import check_length, check_mask, count_parameters, decode_responses, eos_token_ids
+from utils.models import load_causal_lm, load_tokenizer, save_model
 from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
 from utils.run import stop_if_not_finite
 
@@ -287,9 +287,8 @@ def main(args: Args):
     check_length(model, args.max_length, "--max_length")
     if 0 < args.pack_length < args.max_length:
         fail(f"--pack_length {args.pack_length} must be 0 or at least --max_length {args.max_length}")
-    window = getattr(model.config, "sliding_window", None)
-    if args.pack_length and window and window < args.max_length:  # a pack's mask would replace that of the window
-        fail(f"--pack_length: this model attends to {window} tokens; --max_length must not be above that when packing")
+    if args.pack_length:  # [E21] rows of a pack are blind to one another
+        check_mask(model, "--pack_length", args.max_length)
     check_length(model, longest_prompt + args.response_length, "the longest prompt + --response_length")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()

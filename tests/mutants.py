@@ -37,6 +37,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "16": ("reward_model.py", "str(row.get(column))", '"all"'),
     "18": ("reward_model.py", "np.arange(0, np.quantile(sizes, 0.995) + 1e-12, width)",
            "np.arange(0, sizes.max() + width, width)"),
+    "19": ("dpo.py", "args.beta * (logprobs - ref_logprobs)\n    correct", "args.beta * logprobs\n    correct"),
     "20": ("ppo.py", "    cliprange: float = 0.2\n", "    cliprange: float = 0.1\n"),
     "21": ("ppo.py", "permutation(num_prompts, seed, epoch)", "permutation(num_prompts, seed)"),
     "22": ("ppo.py", 'classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)',
@@ -106,6 +107,21 @@ MUTANTS = {  # number: (file, text, broken text)
     "E21": ("sft.py", "same = (segments[:, :, None] == segments[:, None, :]).tril()",
             "same = (segments[:, :, None] >= segments[:, None, :]).tril()"),
     "E22": ("ppo.py", "+ [retokenizer.eos_token_id] * end for", "+ [retokenizer.eos_token_id] for"),
+    "W1": ("dpo.py", "load_causal_lm(ref_path, ref_flag,", 'load_causal_lm(args.model, "--model",'),
+    "W2": ("dpo.py", "return (logprobs * masks).sum(-1), masks.sum(-1)",
+           "return (logprobs * masks).sum(-1) / masks.sum(-1).clamp(min=1), masks.sum(-1)"),
+    "W3": ("dpo.py", "    while ids and ids[-1] in eos_ids:\n", "    while False:\n"),
+    "W4": ("dpo.py", "elif len(prompt) + max(len(chosen), len(rejected)) > args.max_length:", "elif False:"),
+    "W5": ("dpo.py", "load_causal_lm(ref_path, ref_flag, tokenizer, args.bf16)",
+           "load_causal_lm(ref_path, ref_flag, tokenizer)"),
+    "W6": ("dpo.py", "fingerprint(reference, [pair[:3] for pair in pairs], rounding)", "fingerprint(reference, rounding)"),
+    "W7": ("dpo.py", "- label_smoothing * F.logsigmoid(-beta * h)", "+ label_smoothing * F.logsigmoid(-beta * h)"),
+    "W8": ("dpo.py", "F.relu(1 - beta * (u - v))", "F.relu(1 - (u - v))"),
+    "W9": ("dpo.py", "return (u - v - 1 / (2 * beta)) ** 2", "return (u - v - 1 / beta) ** 2"),
+    "W10": ("dpo.py", "math.ceil(args.warmup_ratio * total_steps)", "int(args.warmup_ratio * total_steps)"),
+    "W11": ("dpo.py", "betas=(0.9, 0.999), eps=args.adam_eps, weight_decay", "betas=(0.9, 0.999), weight_decay"),
+    "W12": ("dpo.py", "args.nll_coef * nll.sum() / chosen_tokens", "args.nll_coef * nll.sum() / lengths[0].sum()"),
+    "W13": ("dpo.py", "(segments[:, :, None] == segments[:, None, :])", "(segments[:, :, None] >= segments[:, None, :])"),
 }
 
 
@@ -113,7 +129,7 @@ def rows():
     """{number: test} of docs/details.md."""
     found = {}
     for line in (ROOT / "docs" / "details.md").read_text().splitlines():
-        if match := re.match(r"\| (E?\d+) \|.*\| `([\w./]+::\w+)` \|$", line):
+        if match := re.match(r"\| ([EW]?\d+) \|.*\| `([\w./]+::\w+)` \|$", line):
             found[match[1]] = "tests/" + match[2]
     return found
 

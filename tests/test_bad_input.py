@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
+import dpo
 import ppo
 import reward_model
 import sft
@@ -28,10 +29,12 @@ ROWS = [
     {"prompt": "He had", "completion": " a house, and \"friends\".", "chosen": " friends.", "rejected": " no, none"},
     {"prompt": "It is", "completion": " naïve;\nshe knew.", "chosen": " true.", "rejected": " not true."},
 ]
-MODEL_FLAGS = [(sft, "model"), (reward_model, "model"), (ppo, "sft_model"), (ppo, "reward_model")]
+MODEL_FLAGS = [(sft, "model"), (reward_model, "model"), (ppo, "sft_model"), (ppo, "reward_model"),
+               (dpo, "model"), (dpo, "ref_model")]
 DATA_FLAGS = [(sft, "train_data"), (sft, "eval_data"), (reward_model, "train_data"), (reward_model, "eval_data"),
-              (reward_model, "demonstrations"), (ppo, "prompts"), (ppo, "eval_prompts")]
-SCRIPTS = [sft, reward_model, ppo]
+              (reward_model, "demonstrations"), (ppo, "prompts"), (ppo, "eval_prompts"),
+              (dpo, "train_data"), (dpo, "eval_data"), (dpo, "eval_prompts")]
+SCRIPTS = [sft, reward_model, ppo, dpo]
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
 
 
@@ -81,13 +84,15 @@ def good_args(script, inputs, **changes):
         reward_model: dict(model=lm, train_data=rows, eval_data=(rows,), demonstrations=rows, batch_size=4),
         ppo: dict(sft_model=lm, reward_model=str(inputs / "rm"), prompts=rows, eval_prompts=rows, gold_function=None,
                   batch_size=2, total_episodes=2, response_length=4),
+        dpo: dict(model=lm, train_data=rows, eval_data=(rows,), eval_prompts=rows, gold_function=None, epochs=1,
+                  batch_size=4, response_length=4, ref_cache=str(inputs / "ref_logprobs")),
     }[script]
     return script.Args(**{**good, **changes})
 
 
 def with_data(script, inputs, flag, path, output_dir, **changes):
     """Good Args, with `path` as the data file of one flag."""
-    value = (str(path),) if (script, flag) == (reward_model, "eval_data") else str(path)
+    value = (str(path),) if (script, flag) in [(reward_model, "eval_data"), (dpo, "eval_data")] else str(path)
     return good_args(script, inputs, output_dir=str(output_dir), **{flag: value}, **changes)
 
 
@@ -169,7 +174,8 @@ def test_damaged_weights_are_named(script, flag, inputs, tmp_path, refused):
 
 
 @pytest.mark.parametrize("script, flag, other, words", named([
-    (sft, "model", "rm", "this is a reward model or critic"), (ppo, "sft_model", "rm", "this is a reward model or critic"),
+    *[(script, flag, "rm", "this is a reward model or critic") for script, flag in [
+        (sft, "model"), (ppo, "sft_model"), (dpo, "model"), (dpo, "ref_model")]],
     (ppo, "reward_model", "lm", "it has no score head")]))
 def test_model_of_another_kind_is_refused(script, flag, other, words, inputs, tmp_path, refused):
     """A reward model as language model, or the reverse, would train a random head: refused."""
@@ -237,15 +243,18 @@ def test_tokenizer_without_eos_is_refused(script, flag, inputs, tmp_path, refuse
     assert f"--{flag} {folder}" in message and "no EOS token" in message and "eos_token" in message
 
 
-def test_vocabularies_that_differ_are_refused(inputs, tmp_path, refused):
-    """A reward model whose tokenizer gives other ids is refused; the line names both folders."""
-    folder = shutil.copytree(inputs / "rm", tmp_path / "other")
+@pytest.mark.parametrize("script, flag, kind, words", named([
+    (ppo, "reward_model", "rm", ["--sft_model", "reward_model.py"]),
+    (dpo, "ref_model", "lm", ["--model", "cannot be compared"])]))
+def test_vocabularies_that_differ_are_refused(script, flag, kind, words, inputs, tmp_path, refused):
+    """A reward model, or a reference, whose tokenizer gives other ids is refused; the line names both folders."""
+    folder = shutil.copytree(inputs / kind, tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(folder)
-    message = refused(ppo, good_args(ppo, inputs, output_dir=str(tmp_path / "out"), reward_model=str(folder)))
-    assert f"--reward_model {folder}" in message and "vocabulary differs" in message
-    assert f"--sft_model {inputs / 'lm'}" in message and "reward_model.py" in message
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
+    assert f"--{flag} {folder}" in message and "vocabulary differs" in message
+    assert f"{words[0]} {inputs / 'lm'}" in message and words[1] in message
 
 
 def test_prompt_and_response_longer_than_the_positions_are_refused(inputs, tmp_path, refused):
@@ -257,22 +266,37 @@ def test_prompt_and_response_longer_than_the_positions_are_refused(inputs, tmp_p
     assert "positions" not in refused(ppo, good_args(ppo, inputs, **just_fits))
 
 
-def test_reward_model_with_fewer_positions_is_refused(inputs, tmp_path, refused):
-    """PPO refuses a reward model whose positions do not hold prompt and response."""
-    folder = shutil.copytree(inputs / "rm", tmp_path / "rm")
+@pytest.mark.parametrize("script, flag, kind", named([(ppo, "reward_model", "rm"), (dpo, "ref_model", "lm")]))
+def test_other_model_with_fewer_positions_is_refused(script, flag, kind, inputs, tmp_path, refused):
+    """A reward model, or a reference, whose positions do not hold prompt and response is refused."""
+    folder = shutil.copytree(inputs / kind, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 30}))
-    message = refused(ppo, good_args(ppo, inputs, reward_model=str(folder), output_dir=str(tmp_path / "out")))
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
     assert "30 positions" in message
 
 
-def test_sample_longer_than_the_positions_is_refused(inputs, tmp_path, refused):
-    """sft.py refuses a response length that the positions do not hold behind the longest prompt that it samples."""
-    message = refused(sft, good_args(sft, inputs, response_length=128, output_dir=str(tmp_path / "out")))
+@pytest.mark.parametrize("script", [sft, dpo], ids=lambda script: script.__name__)
+def test_sample_longer_than_the_positions_is_refused(script, inputs, tmp_path, refused):
+    """A response length that the positions do not hold behind the longest prompt that is continued is refused."""
+    message = refused(script, good_args(script, inputs, response_length=128, output_dir=str(tmp_path / "out")))
     assert "--response_length" in message and "128 positions" in message
 
 
-@pytest.mark.parametrize("script", [sft, reward_model], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("flag", ["model", "ref_model"])
+def test_dpo_rows_beyond_the_attention_window_are_refused(flag, inputs, tmp_path, refused):
+    """dpo.py refuses a window shorter than --max_length, which its mask would replace; one as long runs."""
+    config = MistralConfig(vocab_size=1024, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+                           num_key_value_heads=1, intermediate_size=16, sliding_window=32)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "lm")
+    AutoTokenizer.from_pretrained(inputs / "lm").save_pretrained(tmp_path / "lm")
+    args = good_args(dpo, inputs, output_dir=str(tmp_path / "out"), **{flag: str(tmp_path / "lm")})
+    message = refused(dpo, dataclasses.replace(args, max_length=33))
+    assert "--max_length 33" in message and "attends to 32 tokens" in message
+    dpo.main(dataclasses.replace(args, max_length=32))
+
+
+@pytest.mark.parametrize("script", [sft, reward_model, dpo], ids=lambda script: script.__name__)
 def test_rows_longer_than_the_positions_are_refused(script, inputs, tmp_path, refused):
     """--max_length above the model's positions is refused before a model with learned positions meets such a row."""
     tokenizer = AutoTokenizer.from_pretrained(inputs / "lm")
@@ -283,7 +307,15 @@ def test_rows_longer_than_the_positions_are_refused(script, inputs, tmp_path, re
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     args = with_data(script, inputs, "train_data", data, tmp_path / "out", model=str(folder), max_length=64)
     message = refused(script, args)
-    assert "--max_length" in message and "32 positions" in message
+    assert "--max_length" in message and "= 64 tokens" in message and "32 positions" in message
+
+
+@pytest.mark.parametrize("cache", ["file", "file/folder"])
+def test_reference_cache_that_cannot_be_written_is_named(cache, inputs, tmp_path, refused):
+    """--ref_cache where a file is in the way ends in one line before anything is computed, and the file stays."""
+    (tmp_path / "file").write_text("years of work")
+    args = good_args(dpo, inputs, output_dir=str(tmp_path / "out"), ref_cache=str(tmp_path / cache))
+    assert f"--ref_cache {tmp_path / cache}" in refused(dpo, args)
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -346,7 +378,8 @@ def test_unreadable_file_says_why(name, content, fragment, inputs, tmp_path, ref
 
 @pytest.mark.parametrize("script, flag, understood", named([
     (sft, "train_data", "{prompt, completion} or {text}"), (reward_model, "train_data", "{prompt, chosen, rejected}"),
-    (reward_model, "demonstrations", "{prompt, completion}"), (ppo, "prompts", "{prompt}")]))
+    (reward_model, "demonstrations", "{prompt, completion}"), (ppo, "prompts", "{prompt}"),
+    (dpo, "train_data", "{prompt, chosen, rejected}"), (dpo, "eval_prompts", "{prompt}")]))
 def test_wrong_columns_lists_found_and_understood(script, flag, understood, inputs, tmp_path, refused):
     """Rows with other columns are refused with the columns found and those that the script understands."""
     data = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Is it?", "answer": "It is."}])
@@ -371,31 +404,34 @@ def test_column_missing_in_one_row_names_it(inputs, tmp_path, refused):
 
 @pytest.mark.parametrize("script, flag, limit", named([
     (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"),
-    (reward_model, "demonstrations", "max_length"), (ppo, "prompts", "max_prompt_length")]))
+    (reward_model, "demonstrations", "max_length"), (ppo, "prompts", "max_prompt_length"),
+    (dpo, "train_data", "max_length"), (dpo, "eval_data", "max_length"), (dpo, "eval_prompts", "max_prompt_length")]))
 def test_all_rows_over_the_limit_are_refused(script, flag, limit, inputs, tmp_path, refused):
     """Where every row is over the length limit, the line counts them and names flag and limit."""
     words = " and on" * 60
     data = write_jsonl(tmp_path / "rows.jsonl", [
         {"prompt": words, "completion": ".", "chosen": f"{i}.", "rejected": "!"} for i in range(3)])
     message = refused(script, with_data(script, inputs, flag, data, tmp_path / "out", **{limit: 20}))
-    assert f"--{flag}" in message and data in message and "no row is left" in message and "3 over 20 tokens" in message
+    assert f"--{flag}" in message and data in message and "no row is left" in message
+    assert "3 over 20 tokens" in message
 
 
-def test_chosen_equal_to_rejected_everywhere_is_refused(inputs, tmp_path, refused):
+@pytest.mark.parametrize("script", [reward_model, dpo], ids=lambda script: script.__name__)
+def test_chosen_equal_to_rejected_everywhere_is_refused(script, inputs, tmp_path, refused):
     """Pairs whose two completions are the same teach nothing; where all are, they are counted and refused."""
     data = write_jsonl(tmp_path / "rows.jsonl", [{**row, "rejected": row["chosen"]} for row in ROWS])
-    message = refused(reward_model, with_data(reward_model, inputs, "train_data", data, tmp_path / "out"))
+    message = refused(script, with_data(script, inputs, "train_data", data, tmp_path / "out"))
     assert "--train_data" in message and data in message and "3 chosen equal to rejected" in message
 
 
 @pytest.mark.parametrize("script, flag, limit", named([
     (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"),
-    (ppo, "prompts", "max_prompt_length")]))
+    (ppo, "prompts", "max_prompt_length"), (dpo, "eval_prompts", "max_prompt_length")]))
 def test_rows_over_the_limit_are_dropped_and_counted(script, flag, limit, inputs, tmp_path, capsys):
     """A row over the limit is left out whole, and the line about the file counts it."""
     long = {key: text + " and on" * 40 for key, text in ROWS[0].items()}
     data = write_jsonl(tmp_path / "rows.jsonl", [*ROWS, long])
-    load = {sft: "load_demonstrations", reward_model: "load_pairs", ppo: "load_prompts"}[script]
+    load = {sft: "load_demonstrations", reward_model: "load_pairs", ppo: "load_prompts", dpo: "load_prompts"}[script]
     args = with_data(script, inputs, flag, data, tmp_path / "out", **{limit: 30})
     tokenizer = AutoTokenizer.from_pretrained(inputs / "lm")
     assert len(getattr(script, load)(data, f"--{flag}", tokenizer, args)) == 3
@@ -410,6 +446,17 @@ def test_equal_pairs_are_dropped_and_counted(inputs, tmp_path, capsys):
     pairs = reward_model.load_pairs(data, "--train_data", tokenizer, good_args(reward_model, inputs))
     assert [row for _, _, row in pairs] == ROWS
     assert "3 rows (dropped: 1 chosen equal to rejected)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["train_data", "eval_data"])
+@pytest.mark.parametrize("column", ["chosen_finished", "rejected_finished"])
+@pytest.mark.parametrize("value", ["false", 0], ids=repr)
+def test_finished_that_is_no_bool_names_its_row(flag, column, value, inputs, tmp_path, refused):
+    """Whether the sampler cut a response is true or false in every row that says it, in dropped rows too."""
+    equal = {**ROWS[2], "rejected": ROWS[2]["chosen"], column: value}
+    data = write_jsonl(tmp_path / "rows.jsonl", [{**ROWS[0], column: False}, ROWS[1], equal])
+    message = refused(dpo, with_data(dpo, inputs, flag, data, tmp_path / "out"))
+    assert f"--{flag} {data}, row 3" in message and f"{column!r} must be true or false, found {value!r}" in message
 
 
 # ---- Data that reads well ---------------------------------------------------------------------------------
@@ -480,7 +527,7 @@ def stop_after_sizes(monkeypatch):
         monkeypatch.setattr(script, "init_distributed", accepted)
 
 
-@pytest.mark.parametrize("script", [sft, reward_model], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [sft, reward_model, dpo], ids=lambda script: script.__name__)
 @pytest.mark.parametrize("batch_size, expected", [(8, [6, 9]), (2, [3])])
 def test_batch_that_ranks_do_not_divide_names_sizes_that_work(
         script, batch_size, expected, inputs, tmp_path, monkeypatch, stop_after_sizes, refused):
@@ -532,6 +579,8 @@ def numeric_flags():
                 yield script, name, 0
             if name in AT_MOST_1 | {"zero_stage"}:
                 yield script, name, 1.5
+            if name == "label_smoothing":
+                yield from [(script, name, -0.1), (script, name, 0.5)]
 
 
 @pytest.mark.parametrize("script, name, value", named(numeric_flags()))
@@ -546,7 +595,16 @@ def test_every_number_has_a_range(script):
     """Each int or float flag is in a table of ranges, but for those that may be anything."""
     free = {"local_rank", "missing_eos_score"}
     numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in (int, float)}
-    assert numbers - free <= AT_LEAST_1 | AT_LEAST_0 | ABOVE_0 | AT_MOST_1 | {"zero_stage"}
+    assert numbers - free <= AT_LEAST_1 | AT_LEAST_0 | ABOVE_0 | AT_MOST_1 | {"zero_stage", "label_smoothing"}
+
+
+@pytest.mark.parametrize("changes, fragments", [
+    (dict(loss="kto"), ["--loss kto: unknown", "sigmoid, hinge, ipo"]),
+    (dict(loss="hinge", label_smoothing=0.1), ["--label_smoothing 0.1: --loss hinge has none"])], ids=["kto", "hinge"])
+def test_dpo_loss_that_is_not_there_is_named(changes, fragments, inputs, tmp_path, refused):
+    """An unknown loss, or a flag that the loss does not have, is refused with what there is."""
+    message = refused(dpo, good_args(dpo, inputs, output_dir=str(tmp_path / "out"), **changes))
+    assert all(fragment in message for fragment in fragments)
 
 
 # ---- Output folder and resume -----------------------------------------------------------------------------
@@ -626,7 +684,8 @@ def test_resume_of_a_complete_run_is_refused(script, inputs, finished_runs, tmp_
 
 @pytest.mark.parametrize("script, flag, old, new", named([
     (sft, "lr", sft.Args.lr, 1e-5), (sft, "completion_only", False, True), (reward_model, "seed", 1, 2),
-    (reward_model, "zero_stage", 0, 2), (ppo, "kl_coef", ppo.Args.kl_coef, 0.5), (ppo, "gold_function", None, "a:b")]))
+    (reward_model, "zero_stage", 0, 2), (ppo, "kl_coef", ppo.Args.kl_coef, 0.5), (ppo, "gold_function", None, "a:b"),
+    (dpo, "beta", dpo.Args.beta, 0.5), (dpo, "ref_model", None, "assets/sft")]))
 def test_resume_with_changed_flag_names_both_values(script, flag, old, new, inputs, finished_runs, tmp_path,
                                                     monkeypatch, refused):
     """--resume with another hyperparameter names the flag, its old and its new value, and no flag that is the same."""
@@ -682,28 +741,32 @@ def judges(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.dont_write_bytecode", True)
 
 
-@pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
+JUDGE_FLAGS = [(ppo, "reward_function"), (ppo, "gold_function"), (dpo, "gold_function")]
+
+
+@pytest.mark.parametrize("script, flag", named(JUDGE_FLAGS))
 @pytest.mark.parametrize("spec", ["no_such_module:score", "bad_input_judges:no_such_function", "bad_input_judges"])
-def test_judge_that_cannot_be_imported_is_named(flag, spec, inputs, tmp_path, judges, refused):
+def test_judge_that_cannot_be_imported_is_named(script, flag, spec, inputs, tmp_path, judges, refused):
     """A judge that cannot be imported is named with its flag and how to write it."""
-    message = refused(ppo, good_args(ppo, inputs, output_dir=str(tmp_path / "out"), **{flag: spec}))
+    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: spec}))
     assert f"--{flag} {spec}" in message and "module:function" in message
 
 
-@pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
+@pytest.mark.parametrize("script, flag", named(JUDGE_FLAGS))
 @pytest.mark.parametrize("name, fragments", [
     ("dislikes_houses", ["query 'He had'", "ZeroDivisionError"]), ("words", ["could not convert", "'good'"]),
     ("one_too_few", ["returned 1 scores for 2 responses"]), ("not_a_number", ["returned nan", "query 'He had'"])])
-def test_judge_that_fails_names_the_row(flag, name, fragments, inputs, tmp_path, judges, refused):
+def test_judge_that_fails_names_the_row(script, flag, name, fragments, inputs, tmp_path, judges, refused):
     """A judge that raises, or returns no numbers or too few, is named with the row or the counts."""
-    args = good_args(ppo, inputs, output_dir=str(tmp_path / "out"), **{flag: f"bad_input_judges:{name}"})
-    message = refused(ppo, args, may_write=True)
+    args = good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: f"bad_input_judges:{name}"})
+    message = refused(script, args, may_write=True)
     assert message.startswith(f"error: --{flag}") and all(fragment in message for fragment in fragments)
 
 
-@pytest.mark.parametrize("flag", ["reward_function", "gold_function"])
-def test_judge_that_always_fails_is_found_before_overwriting(flag, inputs, finished_runs, tmp_path, judges, refused):
+@pytest.mark.parametrize("script, flag", named(JUDGE_FLAGS))
+def test_judge_that_always_fails_is_found_before_overwriting(
+        script, flag, inputs, finished_runs, tmp_path, judges, refused):
     """With --overwrite, an earlier run is still there when the judge turns out to return too few scores."""
-    folder = shutil.copytree(finished_runs / "ppo", tmp_path / "out")
+    folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
     changes = {flag: "bad_input_judges:one_too_few"}
-    refused(ppo, good_args(ppo, inputs, output_dir=str(folder), overwrite=True, **changes))
+    refused(script, good_args(script, inputs, output_dir=str(folder), overwrite=True, **changes))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
+import dpo
 import ppo
 import reward_model
 import sft
@@ -51,10 +53,14 @@ def arguments(script, inputs, output_dir, **changes):
         ppo: dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, total_episodes=24,
                   batch_size=8, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0, eval_every=2,
                   save_every=100, num_ppo_epochs=2, whiten_rewards=True),
+        dpo: dict(model=lm, ref_model=str(inputs / "tied"), train_data=pairs, eval_data=(pairs,), eval_prompts=rows,
+                  gold_function=None, epochs=2, batch_size=4, micro_batch_size=1, log_every=1, response_length=4,
+                  beta=0.1, nll_coef=0.5, adam_eps=1e-5,  # 1e-8 would make steps of key biases' noise
+                  ref_cache=str(Path(output_dir).with_name("ref_logprobs"))),
     }[script]
     changes = {flag: str(inputs / value.removeprefix("inputs/")) if "inputs/" in str(value) else value
                for flag, value in changes.items()}
-    if "eval_data" in changes and script is reward_model:
+    if "eval_data" in changes and script in (reward_model, dpo):
         changes["eval_data"] = (changes["eval_data"],)
     return script.Args(**{**common, **own, **changes})
 
@@ -64,6 +70,8 @@ PACKED = dict(max_length=32, pack_length=48, batch_size=2)
 FEW = dict(train_data="inputs/rows_5.jsonl", eval_data="inputs/rows_1.jsonl", epochs=1)  # batches of 4 and 1
 FEW_PAIRS = dict(FEW, train_data="inputs/pairs_5.jsonl", eval_data="inputs/pairs_1.jsonl",
                  demonstrations="inputs/rows_1.jsonl")
+FEW_DPO = dict(FEW, train_data="inputs/pairs_5.jsonl", eval_data="inputs/pairs_1.jsonl",
+               eval_prompts="inputs/rows_1.jsonl")
 TIED, ENDING = dict(model="inputs/tied", epochs=1), dict(sft_model="inputs/ending", total_episodes=8)
 SAVERS = dict(gradient_checkpointing=True, offload_optimizer=True)
 ON_ONE_RANK = {
@@ -71,6 +79,7 @@ ON_ONE_RANK = {
     "reward_model": (reward_model, {}), "reward_model_few": (reward_model, FEW_PAIRS),
     "ppo": (ppo, {}), "ppo_ending": (ppo, ENDING),
     **{f"ppo_micro{size}": (ppo, dict(micro_batch_size=size)) for size in (1, 8)},
+    "dpo": (dpo, {}), "dpo_micro4": (dpo, dict(micro_batch_size=4)), "dpo_few": (dpo, FEW_DPO),
 }
 ON_TWO_RANKS = {
     "sft": (sft, {}), "reward_model": (reward_model, {}),
@@ -83,6 +92,10 @@ ON_TWO_RANKS = {
     **{f"ppo_zero{stage}_savers": (ppo, dict(zero_stage=stage, **SAVERS)) for stage in (2, 3)},
     "ppo_offload_frozen": (ppo, dict(offload_frozen=True)),
     "ppo_ending_zero3": (ppo, ENDING | dict(zero_stage=3)),
+    **{f"dpo_zero{stage}": (dpo, dict(zero_stage=stage)) for stage in (0, 2, 3)},
+    "dpo_zero3_live": (dpo, dict(zero_stage=3, ref_cache=None)),
+    "dpo_zero2_savers": (dpo, dict(zero_stage=2, micro_batch_size=2, **SAVERS)),
+    "dpo_few_zero3": (dpo, FEW_DPO | dict(zero_stage=3)),
 }
 
 
@@ -119,7 +132,7 @@ def stopped(function, *args):
 
 
 def worker(inputs, out):
-    for script in (sft, reward_model, ppo):
+    for script in (sft, reward_model, ppo, dpo):
         script.finish = lambda: None  # it ends the process group, which the next case needs
     init_distributed(5.0)
     (out / f"collectives_{rank()}.json").write_text(json.dumps(collectives()))
@@ -212,6 +225,9 @@ def one(inputs, tmp_path_factory):
             script.main(arguments(script, inputs, out / name, **changes))
     os.chdir(before)
     return out
+
+
+SAMPLED = ("eval/rouge", "eval/length", "eval/ended", "eval/distinct")  # sft.py, dpo.py: from each rank's own stream
 
 
 def read(file):
@@ -341,6 +357,23 @@ def test_sft_on_two_ranks_equals_one(inputs, one, two, run):
     assert_same_weights(two / run, one / "sft", inputs / "lm")
 
 
+@pytest.mark.parametrize("run", [*(name for name in ON_TWO_RANKS if name.startswith("dpo_zero")), "dpo_micro4"])
+def test_dpo_does_not_depend_on_ranks_or_micro_batches(inputs, one, two, run):
+    """dpo.py: losses, rewards and weights do not depend on ranks, ZeRO, micro-batches or where the reference is."""
+    folder = (one if run == "dpo_micro4" else two) / run
+    assert_same_metrics(read(folder / "metrics.jsonl"), read(one / "dpo" / "metrics.jsonl"), SAMPLED)
+    assert_same_weights(folder, one / "dpo", inputs / "lm")
+
+
+def test_references_that_two_ranks_cache_equal_those_of_one(one, two):
+    """dpo.py: one rank and two cache the same log-probabilities of 7, 5 and 1 pairs, in every ZeRO stage."""
+    found, expected = ([np.load(file)["array"] for file in (folder / "ref_logprobs").iterdir()] for folder in (two, one))
+    expected = {array.shape[1]: array for array in expected}
+    assert {array.shape[1] for array in found} == set(expected) == {1, 5, 7}
+    for array in found:
+        np.testing.assert_allclose(array, expected[array.shape[1]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("run", ["reward_model", "reward_model_zero2", "reward_model_zero3"])
 def test_reward_model_on_two_ranks_equals_one(inputs, one, two, run):
     """reward_model.py: losses, accuracies, weights and reward_mean of two ranks equal those of one."""
@@ -361,11 +394,11 @@ def test_packed_sft_on_two_ranks_equals_one(inputs, one, two):
     assert_same_weights(two / "sft_packed", one / "sft_packed", inputs / "lm")
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model"])
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
 def test_a_rank_without_a_row_waits_for_the_other(inputs, one, two, script):
     """Last batches of one row and one held-out row, so nothing for rank 1: ZeRO 3 on two ranks equals one rank."""
     run, expected = two / f"{script}_few_zero3", one / f"{script}_few"
-    assert_same_metrics(read(run / "metrics.jsonl"), read(expected / "metrics.jsonl"), skip=("eval/rouge",))
+    assert_same_metrics(read(run / "metrics.jsonl"), read(expected / "metrics.jsonl"), SAMPLED)
     assert_same_weights(run, expected, inputs / "lm")
 
 

@@ -21,14 +21,14 @@ PAGES = sorted([ROOT / "README.md", *(page for pattern in ("assets/README.md", "
 
 
 def tags():
-    """{number: {file: its first line with this tag}} of every [detail N] and [EN] in the code."""
+    """{number: {file: its first line with this tag}} of every [detail N], [EN] and [WN] in the code."""
     found = {}
     for path in SOURCES:
         lines = path.read_text().splitlines()
         header = len((ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").splitlines())
         for line in [*range(header, len(lines)), *range(header)]:  # the module's docstring last
-            for number in re.findall(r"\[(?:detail )?(E?\d+)\]", lines[line]):
-                if number.startswith("E") or f"[detail {number}]" in lines[line]:
+            for number in re.findall(r"\[(?:detail )?([EW]?\d+)\]", lines[line]):
+                if number[0] in "EW" or f"[detail {number}]" in lines[line]:
                     found.setdefault(number, {}).setdefault(str(path.relative_to(ROOT)), line + 1)
     return found
 
@@ -39,10 +39,10 @@ def where(files):
 
 
 def rows():
-    """{number: (links, test file, test name)} of the two tables of docs/details.md."""
+    """{number: (links, test file, test name)} of the tables of docs/details.md."""
     found = {}
     for line in (ROOT / "docs/details.md").read_text().splitlines():
-        if re.match(r"\| E?\d+ \|", line):
+        if re.match(r"\| [EW]?\d+ \|", line):
             number, _, _, links, test = (cell.strip() for cell in line.strip("|").split(" | "))
             assert number not in found, f"detail {number} has two rows"
             found[number] = (links, *test.strip("` |").split("::"))
@@ -53,7 +53,7 @@ def write_links():
     """Write the links of docs/details.md anew."""
     lines, tagged = (ROOT / "docs/details.md").read_text().splitlines(), tags()
     for i, line in enumerate(lines):
-        if re.match(r"\| E?\d+ \|", line):
+        if re.match(r"\| [EW]?\d+ \|", line):
             cells = line.split(" | ")
             cells[3] = where(tagged.get(cells[0].strip("| "), {}))
             lines[i] = " | ".join(cells)
@@ -119,6 +119,19 @@ PAPER = {  # nplus.md 2.1, 2.2, 2.4: sections 5 to 7 of the paper and its code
                 cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, temperature=0.7, top_p=1.0, repetition_penalty=1.0,
                 max_prompt_length=512, response_length=53, missing_eos_score=-1.0, whiten_rewards=False),
 }
+DPO = dict(loss="sigmoid", label_smoothing=0.0, nll_coef=0.0)
+PAPER["dpo"] = dict(  # rlhf_workflow.md 1.8 and 2.1; AdamW and clipping are the defaults of transformers' trainer
+    DPO, beta=0.1, lr=5e-7, lr_schedule="cosine", warmup_ratio=0.03, epochs=2, batch_size=128, micro_batch_size=2,
+    weight_decay=0.0, adam_eps=1e-8, max_grad_norm=1.0, max_length=2048, max_prompt_length=1000, ref_model=None)
+DPO_BY_MODEL = {  # the start of --model: that paper's table
+    "RLHFlow/": PAPER["dpo"],
+    "models/sft_": dict(  # nplus.md 2.3
+        DPO, beta=0.05, lr=3e-6, lr_schedule="cosine", warmup_ratio=0.0, epochs=1, batch_size=64, adam_eps=1e-5,
+        weight_decay=0.01, max_grad_norm=0.0, max_length=2022, max_prompt_length=512),
+    "meta-llama/": dict(  # learning_dynamics.md 2.2
+        DPO, beta=0.01, lr=1e-5, lr_schedule="constant", warmup_ratio=0.0, epochs=1, batch_size=128, micro_batch_size=32,
+        adam_eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, max_length=512, max_prompt_length=128, seed=1234),
+}
 MEMORY = {"1b": (16, 64, False), "2.8b": (4, 32, False), "6.9b": (1, 4, True)}  # micro-batch, rollout, offload
 
 
@@ -143,9 +156,12 @@ def test_paper_commands_have_the_papers_settings():
     """Each command of docs/scaling.md parses, and its Args are those of the paper's tables."""
     found = commands("docs/scaling.md")
     for name, args, _ in found:
+        assert args.bf16 and args.zero_stage == 2
+        if name == "dpo":
+            continue
         for flag, value in PAPER[name].items():
             assert getattr(args, flag) == value, (name, flag)
-        assert args.bf16 and args.zero_stage == 2 and args.seed in SEEDS
+        assert args.seed in SEEDS
         assert "summarize_from_feedback" in (args.prompts if name == "ppo" else args.train_data)
     policies = [args for name, args, words in found if name == "ppo" and words == ["deepspeed", "ppo.py"]]
     for size, memory in MEMORY.items():
@@ -153,8 +169,18 @@ def test_paper_commands_have_the_papers_settings():
         assert {args.seed for args in of_size} == SEEDS
         assert {(args.micro_batch_size, args.rollout_batch_size, args.offload_frozen) for args in of_size} == {memory}
     assert [name for name, _, words in found if "--num_gpus" in words] == ["ppo"]
-    trained = [(name, args.seed) for name, args, _ in found if name != "ppo"]
+    trained = [(name, args.seed) for name, args, _ in found if name in ("sft", "reward_model")]
     assert sorted(trained) == sorted((name, seed) for name in ("sft", "reward_model") for seed in SEEDS for _ in MEMORY)
+
+
+def test_dpo_commands_have_the_settings_of_three_papers():
+    """RLHF Workflow's, the learning dynamics', and the N+ paper's for three sizes and four seeds."""
+    found = [args for name, args, _ in commands("docs/scaling.md") if name == "dpo"]
+    assert len(found) == 2 + 3 * len(SEEDS)
+    for args in found:
+        (table,) = (table for start, table in DPO_BY_MODEL.items() if args.model.startswith(start))
+        for flag, value in table.items():
+            assert getattr(args, flag) == value, (args.model, flag)
 
 
 def test_paper_commands_hand_their_models_on():
@@ -163,8 +189,8 @@ def test_paper_commands_hand_their_models_on():
     for name, args, _ in commands("docs/scaling.md"):
         reads = [args.sft_model, args.reward_model] if name == "ppo" else [args.model]
         for path in reads:
-            assert path in written or path.startswith("EleutherAI/"), path
-            assert path.startswith("EleutherAI/") or str(args.seed) in path
+            published = path.startswith(("EleutherAI/", "RLHFlow/", "meta-llama/"))
+            assert published or (path in written and str(args.seed) in path), path
         written.add(args.output_dir)
 
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX, GPT-2, Llama, Qwen2, Mistral and Gemma-2: decoding, padding, saving, and the three scripts in a row."""
+"""GPT-NeoX, GPT-2, Llama, Qwen2, Mistral and Gemma-2: decoding, padding, saving, and the four scripts in a row."""
 
 import contextlib
 import copy
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import BertConfig, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig, MistralConfig
 from transformers import Qwen2Config
 
+import dpo
 import ppo
 import reward_model
 import sft
@@ -146,6 +147,20 @@ def test_rows_of_a_pack_are_blind_to_each_other(lm):
     torch.testing.assert_close(logits[1, :3], plain_logits(lm, rows[1]), rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_dpo_logprobs_of_a_pair_with_one_prompt(lm):
+    """Pairs of all sizes, left-padded, prompt once: each response has the log-probability of its row alone."""
+    parts = random_rows(6, 2, 1, 3, 5, 2, 1, 1, 3)  # prompt, chosen, rejected of each; within the attention window
+    pairs = [(*parts[i : i + 3], {}) for i in (0, 3, 6)]
+    logprobs, lengths = dpo.response_logprobs(lm, *dpo.collate_pairs([*pairs, None], PAD, "cpu"))
+    for i, (prompt, *responses, _) in enumerate(pairs):
+        for side, response in enumerate(responses):
+            alone = plain_logits(lm, prompt + response)[len(prompt) - 1 : -1].log_softmax(-1)
+            expected = alone[range(len(response)), response].sum()
+            torch.testing.assert_close(logprobs[side, i], expected, rtol=1e-4, atol=0)
+    assert lengths.tolist() == [[2, 5, 1, 0], [1, 2, 3, 0]] and logprobs[:, 3].tolist() == [0, 0]
+
+
 def test_packs_of_rows_beyond_the_attention_window_are_refused(tmp_path, capsys):
     """A pack's mask would replace the sliding window of Mistral: one line says so."""
     folder = save_random(tmp_path / "lm", CONFIGS["mistral"])
@@ -220,6 +235,15 @@ def ppo_args(sft_model, rm, rows, out):
                     critic_lr=1e-3, missing_eos_score=None, output_dir=str(out))
 
 
+def dpo_args(model, rows, pairs, out):
+    config = json.loads((model / "config.json").read_text())
+    if config.get("sliding_window"):  # rows are longer than 8 tokens
+        (model / "config.json").write_text(json.dumps(config | {"sliding_window": 64}))
+    return dpo.Args(model=str(model), train_data=pairs, eval_data=(pairs,), eval_prompts=rows, gold_function=None,
+                    epochs=1, batch_size=3, response_length=4, warmup_ratio=0.0, lr=1e-3,
+                    ref_cache=str(out.with_name("ref_logprobs")), output_dir=str(out))
+
+
 def share_changed(folder, start):
     """How many of the tensors that two saved models have in common differ, as a share."""
     a, b = load_file(folder / "model.safetensors"), load_file(start / "model.safetensors")
@@ -227,15 +251,16 @@ def share_changed(folder, start):
     return sum(not torch.equal(a[name], b[name]) for name in common) / len(common)
 
 
-def test_the_three_scripts_run_in_a_row(family, data, tmp_path):
-    """sft.py, reward_model.py and ppo.py train every family: the weights move, reward_mean reaches the critic."""
+def test_the_four_scripts_run_in_a_row(family, data, tmp_path):
+    """All four scripts train every family: the weights move, reward_mean reaches the critic."""
     rows, pairs = data
     with contextlib.redirect_stdout(io.StringIO()):
         sft.main(sft_args(family.folder / "lm", rows, tmp_path / "sft"))
         reward_model.main(reward_model_args(tmp_path / "sft", rows, pairs, tmp_path / "rm"))
         ppo.main(ppo_args(tmp_path / "sft", tmp_path / "rm", rows, tmp_path / "ppo"))
+        dpo.main(dpo_args(tmp_path / "sft", rows, pairs, tmp_path / "dpo"))
     for name, start in (("sft", family.folder / "lm"), ("rm", tmp_path / "sft"), ("ppo", tmp_path / "sft"),
-                        ("ppo/critic", tmp_path / "rm")):
+                        ("ppo/critic", tmp_path / "rm"), ("dpo", tmp_path / "sft")):
         assert share_changed(tmp_path / name, start) > 0.9, name
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("rm", "ppo/critic")]
     assert configs[0]["reward_mean"] == configs[1]["reward_mean"] != 0
@@ -262,12 +287,14 @@ BLOOM = BloomConfig(vocab_size=1024, hidden_size=32, n_layer=2, n_head=2)
     (BERT, sft, "is of an encoder family"), (BERT, reward_model, "has no linear `score` head"),
     (BERT, ppo, "is of an encoder family"), (BLOOM, sft, "takes no position_ids"),
     (BLOOM, reward_model, "takes no position_ids"), (BLOOM, ppo, "takes no position_ids"),
+    (BERT, dpo, "is of an encoder family"), (BLOOM, dpo, "takes no position_ids"),
 ], ids=lambda x: getattr(x, "model_type", None) or getattr(x, "__name__", "refused"))
 def test_a_family_that_cannot_work_ends_in_one_line(config, script, reason, data, tmp_path, capsys):
     """An encoder would see the tokens that it predicts, BLOOM ignores position ids: each script refuses both."""
     model, out = save_random(tmp_path / "lm", config), tmp_path / "out"
     args = {sft: lambda: sft_args(model, data[0], out), reward_model: lambda: reward_model_args(model, *data, out),
-            ppo: lambda: ppo_args(model, "assets/reward_model", data[0], out)}[script]()
+            ppo: lambda: ppo_args(model, "assets/reward_model", data[0], out),
+            dpo: lambda: dpo_args(model, *data, out)}[script]()
     with pytest.raises(SystemExit):
         script.main(args)
     assert reason in only_error(capsys)

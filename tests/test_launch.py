@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
+import dpo
 import ppo
 import reward_model
 import sft
@@ -30,7 +31,7 @@ from utils.launch import deepspeed_config
 from utils.plots import plot_runs
 from utils.run import choose_folder, open_folder
 
-SCRIPTS = [sft, reward_model, ppo]
+SCRIPTS = [sft, reward_model, ppo, dpo]
 COMPILERS = ["cc", "gcc", "g++", "c++", "clang", "clang++", "nvcc", "ninja"]
 SMALL_PPO = ["--total_episodes", "8", "--batch_size", "4", "--num_eval_prompts", "4", "--response_length", "8"]
 
@@ -115,9 +116,9 @@ def test_no_compiler_is_needed(tmp_path):
 
 
 def test_scripts_run_on_the_outputs_of_one_another(tiny_base, tmp_path):
-    """sft.py, reward_model.py and ppo.py run one after another, each from the folders that the ones before wrote."""
+    """sft.py, reward_model.py, ppo.py and dpo.py run in a row, each from the folders that the ones before wrote."""
     rows, pairs = first_rows("train.jsonl", 20, tmp_path), first_rows("preferences_train.jsonl", 20, tmp_path)
-    sft_folder, rm_folder, ppo_folder = (str(tmp_path / name) for name in ("sft", "rm", "ppo"))
+    sft_folder, rm_folder, ppo_folder, dpo_folder = (str(tmp_path / name) for name in ("sft", "rm", "ppo", "dpo"))
     commands = [
         (sft, ["--model", str(tiny_base), "--train_data", rows, "--eval_data", rows, "--epochs", "1",
                "--num_samples", "2", "--output_dir", sft_folder]),
@@ -126,7 +127,12 @@ def test_scripts_run_on_the_outputs_of_one_another(tiny_base, tmp_path):
         (ppo, ["--sft_model", sft_folder, "--reward_model", rm_folder, "--prompts", rows, "--eval_prompts", rows,
                *SMALL_PPO, "--output_dir", ppo_folder]),
         (ppo, ["--sft_model", ppo_folder, "--reward_model", ppo_folder + "/critic", "--prompts", rows,
-               "--eval_prompts", rows, *SMALL_PPO, "--output_dir", ppo_folder + "-again"])]
+               "--eval_prompts", rows, *SMALL_PPO, "--output_dir", ppo_folder + "-again"]),
+        (dpo, ["--model", ppo_folder, "--ref_model", sft_folder, "--train_data", pairs, "--eval_data", pairs,
+               "--eval_prompts", rows, "--epochs", "1", "--ref_cache", str(tmp_path / "ref_logprobs"),
+               "--output_dir", dpo_folder]),
+        (sft, ["--model", dpo_folder, "--train_data", rows, "--eval_data", rows, "--epochs", "1",
+               "--num_samples", "2", "--output_dir", sft_folder + "-again"])]
     for script, flags in commands:
         script.main(tyro.cli(script.Args, args=flags))
         folder = Path(flags[-1])
@@ -165,7 +171,7 @@ def test_an_empty_output_folder_can_be_used(tmp_path):
 def test_importing_a_script_does_nothing(tmp_path):
     """Importing the scripts prints nothing, writes nothing, joins no process group and imports no DeepSpeed."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
-            "import sft, reward_model, ppo, torch\n"
+            "import sft, reward_model, ppo, dpo, torch\n"
             "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()")
     done = run([sys.executable, "-c", code, str(ROOT)], environment(), tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -198,7 +204,7 @@ def test_one_script_with_utils_is_enough(tmp_path):
         shutil.copy(script.__file__, tmp_path / f"only_{script.__name__}")
     code = ("import os, runpy, sys\n"
             "sys.path[0], sys.argv, sys.dont_write_bytecode = os.getcwd(), ['script.py'], True\n"
-            "for name in ('sft', 'reward_model', 'ppo'):\n"
+            "for name in ('sft', 'reward_model', 'ppo', 'dpo'):\n"
             "    os.chdir(os.path.join(sys.path[0], 'only_' + name))\n"
             "    try:\n"
             "        runpy.run_path(name + '.py', run_name='__main__')\n"
@@ -207,7 +213,7 @@ def test_one_script_with_utils_is_enough(tmp_path):
     done = run([sys.executable, "-c", code], environment(), tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 3, done.stderr
+    assert len(lines) == 4, done.stderr
     for script, line in zip(SCRIPTS, lines):
         flag = "sft_model" if script is ppo else "model"
         assert line.startswith(f"error: --{flag} {getattr(script.Args, flag)}: ")

@@ -124,6 +124,17 @@ def _read_with_datasets(path, flag):
     return table.remove_columns([name for name in table.column_names if name.endswith(endings)]).to_list()
 
 
+def load_prompts(path, flag, tokenizer, args):
+    """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
+    rows = load_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
+    encoded = [(tokenizer(row["prompt"]).input_ids, row["prompt"]) for row in rows]
+    kept = [item for item in encoded if 0 < len(item[0]) <= args.max_prompt_length]
+    empty = sum(not ids for ids, _ in encoded)
+    describe(flag, path, [len(ids) for ids, _ in kept],
+             {f"over {args.max_prompt_length} tokens": len(encoded) - len(kept) - empty, "empty": empty})
+    return kept
+
+
 def load_function(spec, flag):
     """The function that `module:name` names, or None for None; the current folder is on the import path."""
     if spec is None:
@@ -143,7 +154,7 @@ def call_judge(function, flag, queries, responses):
     """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it."""
     scores, wrong, row = [], None, None
     try:
-        scores = [float(score) for score in function(queries, responses)]
+        scores = [float(score) for score in function(queries, responses)] if queries else []
         if len(scores) != len(queries):
             wrong = f"it returned {len(scores)} scores for {len(queries)} responses"
         elif not all(map(math.isfinite, scores)):

@@ -20,8 +20,8 @@ AT_LEAST_1 = {
     "save_every", "log_every"}
 AT_LEAST_0 = {
     "seed", "num_samples", "pack_length", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef",
-    "vf_coef", "cliprange", "cliprange_value"}
-ABOVE_0 = {"temperature", "top_p", "repetition_penalty", "timeout_minutes"}
+    "vf_coef", "cliprange", "cliprange_value", "nll_coef"}
+ABOVE_0 = {"temperature", "top_p", "repetition_penalty", "timeout_minutes", "beta"}
 AT_MOST_1 = {"top_p", "gamma", "lam", "warmup_ratio"}
 
 
@@ -46,9 +46,12 @@ def check_flags(args):
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
             (ABOVE_0, lambda x: x > 0, "above 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "between 0 and 1"),
             ({"zero_stage"}, lambda x: x in (0, 2, 3), "0, 2 or 3"),
+            ({"label_smoothing"}, lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
         ):
             if name in names and not holds(value):
                 fail(f"--{name} {value}: must be {words}")
+    if args.offload_optimizer and args.zero_stage == 0:
+        fail("--offload_optimizer needs --zero_stage 2 or 3")
 
 
 def print0(*args):
@@ -189,8 +192,6 @@ def create_engine(model, optimizer, args):
     """Wrap a model and its torch optimizer for training. Call the engine, `backward`, then `optimizer_step`."""
     import deepspeed
 
-    if args.offload_optimizer and args.zero_stage == 0:
-        fail("--offload_optimizer needs --zero_stage 2 or 3")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(args))
     engine.grad_norm = None
     if clips_itself(args):
@@ -225,6 +226,13 @@ def check_batch_size(batch_size, minibatches=1, total_episodes=None):
         parts = f"{world_size()} ranks" + (f" x {minibatches} minibatches" if minibatches > 1 else "")
         limit = f" and be at most --total_episodes {total_episodes}" if total_episodes else ""
         fail(f"--batch_size {batch_size} must divide by {parts}{limit}; {sizes or 'no size'} would do")
+
+
+def note_small_lr(lr, default, parameters):
+    """Say that a rate of the papers' size does nothing visible to a model as small as the embedded one."""
+    if lr <= 1e-6 and parameters < 1e8:
+        print0(f"{'note':<22}--lr {lr:g} suits models of 1B parameters and more. This one has "
+               f"{parameters / 1e6:.1f}M and will hardly move; its default is {default:g}")
 
 
 def print_memory_plan(args, trained, frozen=0):

@@ -1,6 +1,8 @@
 """Loading and saving Hugging Face folders: tokenizer, language models, sequence classifiers. Safe by default."""
 
+import hashlib
 import inspect
+import json
 import os
 from pathlib import Path
 
@@ -109,10 +111,15 @@ def _check_complete(loaded, path, flag):
 
 
 def _fit(model, tokenizer):
-    """Resize the embeddings where the tokenizer has ids that they lack. A larger embedding is left alone."""
+    """Resize the embeddings where the tokenizer has ids that they lack, with the same rows every time.
+
+    A larger embedding is left alone.
+    """
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(needed)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # policy and reference must not differ in their new rows
+            model.resize_token_embeddings(needed)
     return model
 
 
@@ -131,10 +138,23 @@ def disable_dropout(model):
 
 
 def eos_token_ids(model, tokenizer):
-    """All ids that end a response: the tokenizer's EOS and those of the generation config (chat models have more)."""
+    """All ids that end a response: the tokenizer's EOS, the generation config's, the one of the chat template."""
     more = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
     more = more if isinstance(more, list) else [] if more is None else [more]
-    return sorted({tokenizer.eos_token_id, *more})
+    return sorted({tokenizer.eos_token_id, *more, *_end_of_turn(tokenizer)})
+
+
+def _end_of_turn(tokenizer):
+    """The special token that the chat template puts after an answer, as a list of its id; [] where there is none."""
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates refuse roles as they like; then the tokenizer's EOS has to do
+        return []
+    last, known = tokenizer(text.rstrip(), add_special_tokens=False).input_ids[-1:], tokenizer.added_tokens_decoder
+    return [token for token in last if token in known and known[token].special]
 
 
 def count_parameters(model):
@@ -166,6 +186,16 @@ def decode_responses(tokenizer, queries, responses):
             for before, whole, alone in zip(befores, wholes, alones)]
 
 
+def fingerprint(model, *others):
+    """Hash of a model's weights, their precision and config, and of anything else that JSON can hold."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    digest = hashlib.sha256(json.dumps([config, *others], default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -175,3 +205,31 @@ def check_length(model, tokens, flags):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokens > limit:
         fail(f"{flags} = {tokens} tokens, but the model has {limit} positions. Lower the flags")
+
+
+@torch.no_grad()
+def check_mask(model, flag, max_length):
+    """Fail in one line unless the model obeys a mask (B, 1, T, T) that hides tokens in the middle of a row.
+
+    Layers that read a row in order (state-space, convolution, linear attention) do not, and where attention reaches
+    back a limited number of tokens, the mask would take the place of that limit. The probe is one small forward.
+    """
+    for name in ("sliding_window", "window_size", "attention_chunk_size"):
+        limit = getattr(model.config, name, None)
+        if isinstance(limit, int) and limit < max_length:
+            fail(f"{flag} with --max_length {max_length}: this model attends to {limit} tokens ({name}), and rows must "
+                 "not be longer")
+    ids = torch.arange(24).repeat(2, 1)
+    ids[1, 8:16] = torch.arange(24, 32)  # the two rows differ where tokens 16 to 23 must not look
+    seen = torch.ones(24, 24, dtype=torch.bool).tril()
+    seen[16:, 8:16] = False
+    dtype = next(model.parameters()).dtype
+    mask = torch.zeros(2, 1, 24, 24, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    try:
+        first, second = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(24).repeat(2, 1),
+                              use_cache=False).logits[:, 16:].float()
+        obeys = torch.allclose(first, second, rtol=1e-3, atol=1e-3)
+    except (ValueError, RuntimeError):
+        obeys = False
+    if not obeys:
+        fail(f"{flag}: this model ({model.config.model_type}) does not obey a mask that hides tokens within a row")

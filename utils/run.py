@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.launch import barrier, fail, fail_together, from_rank0, print0, rank, world_size
@@ -156,6 +157,45 @@ def load_checkpoint(folder, engines):
     return json.loads((checkpoint / "state.json").read_text())
 
 
+def make_folder(path, flag):
+    """Create a folder on rank 0, or end every rank in one line."""
+
+    def make():
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return error.strerror
+
+    wrong = from_rank0(make)
+    if wrong:
+        fail(f"{flag} {path}: cannot make this folder ({wrong})")
+
+
+def cached_array(file, name, make):
+    """The array of an .npz file, or where that is missing or damaged the one that make() returns, written there.
+
+    Every rank must call it; make() may use collectives. Zip files carry checksums, so damage is noticed.
+    """
+
+    def read():  # on rank 0
+        try:
+            return np.load(file)["array"] if file.exists() else None
+        except Exception:  # what zipfile and numpy raise depends on which byte is wrong
+            print0(f"warning: {file} is damaged; computing it again")
+
+    array = from_rank0(read)
+    print0(f"{'cache':<22}{name}: {'computed now, to be kept in' if array is None else 'read from'} {file}")
+    if array is None:
+        array = make()
+        if rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+            with open(unfinished, "wb") as handle:
+                np.savez(handle, array=array)
+            unfinished.rename(file)
+    return array
+
+
 def _files(folder):
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
@@ -247,6 +287,8 @@ def _cell(value):
 def model_card(folder, script, base, data, lines=()):
     """README.md of a model folder: what it is, from what, and the command that made it."""
     if rank() == 0:
+        spec = sys.modules["__main__"].__spec__  # of `python -m module`
+        script = f"-m {spec.name}" if spec and spec.name.startswith("experiments.") else script
         command = " ".join([script] + sys.argv[1:])
         body = [f"# {Path(folder).name}", "", f"Made by `{script}` from `{base}` on `{data}`.", "",
                 f"Command: `python {command}`", "", *lines]
