@@ -21,7 +21,7 @@ import dpo
 import ppo
 import reward_model
 import sft
-from utils.data import load_rows
+from utils.data import call_judge, load_rows
 from utils.launch import ABOVE_0, AT_LEAST_0, AT_LEAST_1, AT_MOST_1
 
 ROWS = [
@@ -742,6 +742,11 @@ def judges(tmp_path, monkeypatch):
 
 
 JUDGE_FLAGS = [(ppo, "reward_function"), (ppo, "gold_function"), (dpo, "gold_function")]
+
+
+def test_judge_is_not_called_without_responses():
+    """A rank that has no response asks no judge, which might fail on an empty list."""
+    assert call_judge(lambda queries, responses: 1 / 0, "--gold_function", [], []) == []
 
 
 @pytest.mark.parametrize("script, flag", named(JUDGE_FLAGS))

@@ -14,6 +14,7 @@ from test_dpo import make_files, run
 import dpo
 from experiments import dpo_losses
 from utils.models import load_tokenizer
+from utils.run import model_card
 
 ALL = {**dpo.LOSSES, **dpo_losses.LOSSES}
 # log-probabilities of policy and reference, lengths: h = 1.5 and -6
@@ -93,6 +94,14 @@ def test_the_module_runs_dpo_with_all_losses(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["dpo_losses", "--loss", "nca"])
     runpy.run_path(str(ROOT / "experiments/dpo_losses.py"), run_name="__main__")
     assert seen.args.loss == "nca" and seen.names == {*ALL}
+
+
+def test_the_model_card_names_the_module(tmp_path, monkeypatch):
+    """The command in the card of a model that was trained through the module is the one that was given."""
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="experiments.dpo_losses"))
+    monkeypatch.setattr(sys, "argv", ["dpo_losses.py", "--loss", "nca"])
+    model_card(tmp_path, "dpo.py", "model", "data")
+    assert "Command: `python -m experiments.dpo_losses --loss nca`" in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_with_nca_learns(tmp_path, monkeypatch):
