@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralConf
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import dpo
+import evaluate
 import ppo
 import reward_model
 import sft
@@ -30,11 +31,12 @@ ROWS = [
     {"prompt": "It is", "completion": " naïve;\nshe knew.", "chosen": " true.", "rejected": " not true."},
 ]
 MODEL_FLAGS = [(sft, "model"), (reward_model, "model"), (ppo, "sft_model"), (ppo, "reward_model"),
-               (dpo, "model"), (dpo, "ref_model")]
+               (dpo, "model"), (dpo, "ref_model"), (evaluate, "models"), (evaluate, "ref_model"), (evaluate, "judges")]
 DATA_FLAGS = [(sft, "train_data"), (sft, "eval_data"), (reward_model, "train_data"), (reward_model, "eval_data"),
               (reward_model, "demonstrations"), (ppo, "prompts"), (ppo, "eval_prompts"),
-              (dpo, "train_data"), (dpo, "eval_data"), (dpo, "eval_prompts")]
-SCRIPTS = [sft, reward_model, ppo, dpo]
+              (dpo, "train_data"), (dpo, "eval_data"), (dpo, "eval_prompts"), (evaluate, "prompts")]
+TRAINERS = [sft, reward_model, ppo, dpo]
+SCRIPTS = [*TRAINERS, evaluate]
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
 
 
@@ -86,7 +88,11 @@ def good_args(script, inputs, **changes):
                   batch_size=2, total_episodes=2, response_length=4),
         dpo: dict(model=lm, train_data=rows, eval_data=(rows,), eval_prompts=rows, gold_function=None, epochs=1,
                   batch_size=4, response_length=4, ref_cache=str(inputs / "ref_logprobs")),
+        evaluate: dict(models=(lm,), ref_model=lm, judges=(str(inputs / "rm"),), prompts=rows, response_length=4,
+                       cache=str(inputs / "evaluate_cache")),
     }[script]
+    changes = {flag: (value,) if flag in ("models", "judges") and isinstance(value, str) else value
+               for flag, value in changes.items()}
     return script.Args(**{**good, **changes})
 
 
@@ -176,7 +182,9 @@ def test_damaged_weights_are_named(script, flag, inputs, tmp_path, refused):
 @pytest.mark.parametrize("script, flag, other, words", named([
     *[(script, flag, "rm", "this is a reward model or critic") for script, flag in [
         (sft, "model"), (ppo, "sft_model"), (dpo, "model"), (dpo, "ref_model")]],
-    (ppo, "reward_model", "lm", "it has no score head")]))
+    (evaluate, "models", "rm", "this is a reward model or critic"),
+    (evaluate, "ref_model", "rm", "this is a reward model or critic"),
+    (ppo, "reward_model", "lm", "it has no score head"), (evaluate, "judges", "lm", "it has no score head")]))
 def test_model_of_another_kind_is_refused(script, flag, other, words, inputs, tmp_path, refused):
     """A reward model as language model, or the reverse, would train a random head: refused."""
     path = str(inputs / other)
@@ -194,7 +202,7 @@ def test_weights_that_lack_a_tensor_are_refused(inputs, tmp_path, refused):
     assert f"--model {folder}" in message and "layers.0.mlp.dense_4h_to_h.weight" in message
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
 def test_stored_sampling_settings_do_not_lose_the_run(script, inputs, tmp_path):
     """A generation config that transformers would refuse to save is reduced to its token ids, EOS kept."""
     folder = shutil.copytree(inputs / "lm", tmp_path / "model")
@@ -276,7 +284,7 @@ def test_other_model_with_fewer_positions_is_refused(script, flag, kind, inputs,
     assert "30 positions" in message
 
 
-@pytest.mark.parametrize("script", [sft, dpo], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [sft, dpo, evaluate], ids=lambda script: script.__name__)
 def test_sample_longer_than_the_positions_is_refused(script, inputs, tmp_path, refused):
     """A response length that the positions do not hold behind the longest prompt that is continued is refused."""
     message = refused(script, good_args(script, inputs, response_length=128, output_dir=str(tmp_path / "out")))
@@ -558,7 +566,7 @@ def test_ppo_batch_that_does_not_divide_names_sizes_that_work(
 
 def test_offload_without_zero_names_both_flags(inputs, tmp_path, refused):
     """--offload_optimizer at ZeRO 0 is refused with the stages that it needs."""
-    for script in SCRIPTS:
+    for script in TRAINERS:
         message = refused(script, good_args(script, inputs, offload_optimizer=True, output_dir=str(tmp_path / "out")))
         assert "--offload_optimizer" in message and "--zero_stage 2 or 3" in message
 
@@ -612,12 +620,12 @@ def test_dpo_loss_that_is_not_there_is_named(changes, fragments, inputs, tmp_pat
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_output_folder_in_use_is_left_alone(script, inputs, tmp_path, refused):
-    """A folder that holds anything is refused, the line offers the three ways on, and its file is untouched."""
+    """A folder that holds anything is refused, the line offers the ways on that there are, and its file is untouched."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out")))
     assert f"--output_dir {tmp_path / 'out'}" in message and "in use" in message
-    assert "--resume" in message and "--overwrite" in message and "another folder" in message
+    assert ("--resume" in message) == (script in TRAINERS) and "--overwrite" in message and "another folder" in message
 
 
 def test_output_folder_that_is_a_file_is_left_alone(inputs, tmp_path, refused):
@@ -644,7 +652,8 @@ def test_overwrite_deletes_no_input(script, inputs, finished_runs, tmp_path, ref
     """--overwrite of a run that holds the model, or the data, of this run is refused."""
     folder = shutil.copytree(finished_runs / "sft", tmp_path / "out")
     data = shutil.copy(inputs / "rows.jsonl", folder / "checkpoints.jsonl")
-    flag, data_flag = ("sft_model", "prompts") if script is ppo else ("model", "train_data")
+    flag, data_flag = {ppo: ("sft_model", "prompts"), evaluate: ("models", "prompts")}.get(
+        script, ("model", "train_data"))
     for args in (good_args(script, inputs, output_dir=str(folder), overwrite=True, **{flag: str(folder)}),
                  with_data(script, inputs, data_flag, data, folder, overwrite=True)):
         message = refused(script, args)
@@ -658,7 +667,7 @@ def test_resume_of_another_scripts_run_is_refused(inputs, finished_runs, tmp_pat
     assert "not a run of sft.py" in message and "batch_size" not in message
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
 @pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
 def test_resume_without_a_run_is_refused(script, exists, inputs, tmp_path, refused):
     """--resume of a folder without a run says that there is nothing to resume, and makes no folder."""
@@ -674,7 +683,7 @@ def test_resume_without_output_dir_and_runs_is_refused(inputs, tmp_path, monkeyp
     assert "runs/sft" in refused(sft, good_args(sft, inputs, resume=True))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
 def test_resume_of_a_complete_run_is_refused(script, inputs, finished_runs, tmp_path, refused):
     """--resume of a run that is complete says so and changes none of its files."""
     folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
@@ -710,7 +719,7 @@ def test_resume_on_another_number_of_ranks_is_refused(inputs, finished_runs, tmp
 def test_bad_input_is_found_before_overwriting(script, inputs, finished_runs, tmp_path, refused):
     """With --overwrite, an earlier run is still there when the input turns out to be bad."""
     folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
-    flag = "prompts" if script is ppo else "train_data"
+    flag = "prompts" if script in (ppo, evaluate) else "train_data"
     args = with_data(script, inputs, flag, tmp_path / "gone.jsonl", folder, overwrite=True)
     assert "no such file" in refused(script, args)
 
@@ -741,7 +750,7 @@ def judges(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.dont_write_bytecode", True)
 
 
-JUDGE_FLAGS = [(ppo, "reward_function"), (ppo, "gold_function"), (dpo, "gold_function")]
+JUDGE_FLAGS = [(ppo, "reward_function"), (ppo, "gold_function"), (dpo, "gold_function"), (evaluate, "judges")]
 
 
 def test_judge_is_not_called_without_responses():

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import dpo
+import evaluate
 import ppo
 import reward_model
 import sft
@@ -99,6 +100,14 @@ ON_TWO_RANKS = {
 }
 
 
+def evaluation(inputs, out, **changes):
+    """Args of an evaluation on 7 prompts, two models and both kinds of scoring judges."""
+    return evaluate.Args(**{**dict(
+        models=(str(inputs / "lm"), str(inputs / "tied")), ref_model=str(inputs / "lm"),
+        prompts=str(inputs / "rows.jsonl"), judges=(str(inputs / "rm"), "assets.vader:compound"), response_length=10,
+        micro_batch_size=2, greedy=True, output_dir=str(out / "evaluate"), cache=str(out / "evaluate_cache")), **changes})
+
+
 # ---- The worker -------------------------------------------------------------------------------------------
 
 
@@ -132,7 +141,7 @@ def stopped(function, *args):
 
 
 def worker(inputs, out):
-    for script in (sft, reward_model, ppo, dpo):
+    for script in (sft, reward_model, ppo, dpo, evaluate):
         script.finish = lambda: None  # it ends the process group, which the next case needs
     init_distributed(5.0)
     (out / f"collectives_{rank()}.json").write_text(json.dumps(collectives()))
@@ -155,6 +164,11 @@ def worker(inputs, out):
 
     for name, (script, changes) in ON_TWO_RANKS.items():
         script.main(arguments(script, inputs, out / name, **changes))
+
+    evaluate.main(evaluation(inputs, out))
+    sampled = out / "evaluate_sampled"
+    evaluate.main(evaluation(inputs, out, greedy=False, output_dir=str(sampled)))
+    evaluate.main(evaluation(inputs, out, prompts=str(inputs / "rows_1.jsonl"), output_dir=str(out / "evaluate_few")))
 
     # the ZeRO 2 run again, as if killed after the checkpoint of its first update
     if rank() == 0:
@@ -223,6 +237,7 @@ def one(inputs, tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()):
         for name, (script, changes) in ON_ONE_RANK.items():
             script.main(arguments(script, inputs, out / name, **changes))
+        evaluate.main(evaluation(inputs, out))
     os.chdir(before)
     return out
 
@@ -466,6 +481,35 @@ def test_ppo_where_all_rows_end_at_once(inputs, one, two):
     assert_same_metrics(rows, read(one / "ppo_ending" / "metrics.jsonl"))
     for model, start in (("", "ending"), ("critic", "rm")):
         assert_same_weights(two / "ppo_ending_zero3" / model, one / "ppo_ending" / model, inputs / start)
+
+
+def test_an_evaluation_on_two_ranks_equals_one(one, two):
+    """evaluate.py: responses, scores and verdicts of two ranks, which share 7 prompts, are those of one, in order."""
+    found, expected = (read(folder / "evaluate" / "samples.jsonl") for folder in (two, one))
+    assert len(found) == 21 and len({row["length"] for row in found}) > 3
+    for row, other in zip(found, expected):
+        assert {**row, "scores": None} == {**other, "scores": None}
+        assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
+    results, others = (json.loads((folder / "evaluate" / "summary.json").read_text()) for folder in (two, one))
+    assert results["comparisons"] == others["comparisons"]
+
+
+def test_the_kl_of_two_ranks_belongs_to_their_responses(inputs, two):
+    """evaluate.py: each sampled response's log-ratio, gathered from two ranks, is that of a plain forward."""
+    tokenizer = load_tokenizer(str(inputs / "lm"), "--model")
+    models = [load_causal_lm(str(inputs / name), "--model", tokenizer).eval() for name in ("tied", "lm")]
+    cached = [json.loads(str(np.load(file)["array"])) for file in (two / "evaluate_cache").iterdir()]
+    rows = [row for row in read(two / "evaluate_sampled" / "samples.jsonl") if row["model"] == "tied"]
+    (tokens,) = [[row["tokens"] for row in answers] for answers in cached
+                 if [row["response"] for row in answers] == [row["response"] for row in rows]]
+    for row, response in zip(rows, tokens):
+        prompt = tokenizer(row["prompt"]).input_ids
+        with torch.no_grad():
+            logprobs = [(model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7).log_softmax(-1)
+                        for model in models]
+        ratio = sum((p[t, token] - q[t, token]).item() for p, q in [logprobs] for t, token in enumerate(response))
+        assert row["kl"] == pytest.approx(ratio, abs=1e-4)
+    assert len(rows) == 7 and json.loads((two / "evaluate_few" / "summary.json").read_text())["prompts"] == 1
 
 
 def test_resume_on_two_ranks_is_exact(two):

@@ -194,6 +194,15 @@ def test_paper_commands_hand_their_models_on():
         written.add(args.output_dir)
 
 
+def test_evaluate_commands_are_understood():
+    """The commands of docs/evaluation.md parse; the one for TL;DR has the paper's lengths and all its prompts."""
+    found = [args for name, args, _ in commands("docs/evaluation.md") if name == "evaluate"]
+    assert len(found) >= 2
+    (paper,) = (args for args in found if "summarize_from_feedback" in args.prompts)
+    assert (paper.num_prompts, paper.max_prompt_length, paper.response_length) == (6447, 512, 53)
+    assert paper.pairs == "references" and paper.bf16 and paper.judge_prices and not paper.group_by
+
+
 def test_help_states_the_papers_values():
     """Where a flag's help says "Paper: 0.05", the number is that of the paper's table."""
     for name, table in PAPER.items():

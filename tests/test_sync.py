@@ -50,9 +50,9 @@ def test_exceptions_are_needed(name):
 
 
 def test_machine_flags_are_the_same_text():
-    """T13: the last block of Args, what a run needs of the machine, is the same text in every script."""
+    """T13: the last block of Args, what a run needs of the machine, is the same text in every script that trains."""
     blocks = {}
-    for script in SCRIPTS:
+    for script in set(SCRIPTS) - {"evaluate.py"}:
         lines = SHARED["Args"][script].splitlines()
         end = next((i for i, line in enumerate(lines) if "@property" in line), len(lines))
         blocks[script] = "\n".join(lines[lines.index("    # machine") : end]).rstrip()

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils.formats import standard_row
-from utils.launch import fail, fail_together, print0, rank, world_size
+from utils.launch import fail, fail_together, gather_rows, print0, rank, world_size
 from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -47,7 +49,7 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             fail(f"{flag} {path}, row {i + 1}: not the layout that its columns promise "
                  f"({type(error).__name__}: {error})")
-    wanted = next((names for names in columns if set(names) <= set(rows[0])), None)
+    wanted = next((names for names in columns if set(names) <= set().union(*rows)), None)
     if wanted is None:
         understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
         fail(f"{flag} {path}: found the columns {{{found}}}; understood are {understood}, the same as messages, and "
@@ -124,15 +126,58 @@ def _read_with_datasets(path, flag):
     return table.remove_columns([name for name in table.column_names if name.endswith(endings)]).to_list()
 
 
+def load_prompt_rows(path, flag, columns, tokenizer, max_prompt_length):
+    """Rows with their prompt's token ids as row["ids"], without the too long ones, which are counted."""
+    rows = load_rows(path, flag, columns, tokenizer, max_prompt_length)
+    rows = [{**row, "ids": tokenizer(row["prompt"]).input_ids} for row in rows]
+    kept = [row for row in rows if 0 < len(row["ids"]) <= max_prompt_length]
+    empty = sum(not row["ids"] for row in rows)
+    describe(flag, path, [len(row["ids"]) for row in kept],
+             {f"over {max_prompt_length} tokens": len(rows) - len(kept) - empty, "empty": empty})
+    return kept
+
+
 def load_prompts(path, flag, tokenizer, args):
     """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
-    rows = load_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
-    encoded = [(tokenizer(row["prompt"]).input_ids, row["prompt"]) for row in rows]
-    kept = [item for item in encoded if 0 < len(item[0]) <= args.max_prompt_length]
-    empty = sum(not ids for ids, _ in encoded)
-    describe(flag, path, [len(ids) for ids, _ in kept],
-             {f"over {args.max_prompt_length} tokens": len(encoded) - len(kept) - empty, "empty": empty})
-    return kept
+    rows = load_prompt_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
+    return [(row["ids"], row["prompt"]) for row in rows]
+
+
+def as_answer(text, tokenizer, ended=None):
+    """A text that evaluate.py has not sampled, as a row like its samples. ended: whether EOS came, which then counts in
+    the length; None: not known, as of the references, and it counts too."""
+    length = len(tokenizer(text, add_special_tokens=False).input_ids) + (ended is not False)
+    return {"response": text, "length": max(1, length), "ended": ended, "kl": None}
+
+
+def read_responses(path, prompts, tokenizer):
+    """Rows as of `as_answer` from a file {prompt, response, perhaps ended}, one for each prompt, matched by its text.
+
+    Of an evaluation's own samples.jsonl the references are passed over.
+    """
+    found, models = {}, set()
+    for row in load_rows(path, "--models", [("prompt", "response")], tokenizer):
+        if row.get("model") != "references":
+            found.setdefault(row["prompt"], []).append(as_answer(row["response"], tokenizer, row.get("ended")))
+            models.add(str(row.get("model")))
+    if len(models) > 1:
+        fail(f"--models {path}: responses of several models ({', '.join(sorted(models))}). Keep those of one")
+    for prompt, times in Counter(prompts).items():
+        if len(found.get(prompt, ())) < times:
+            fail(f"--models {path}: {len(found.get(prompt, ()))} responses to the prompt {prompt!r:.60}, which stands "
+                 f"{times} times among the first --num_prompts {len(prompts)}")
+    return [found[prompt].pop(0) for prompt in prompts]
+
+
+def short_names(paths, *taken):
+    """{name: path}: the last part of each path, or the whole one where that part names something else too.
+
+    taken: names that no path may have.
+    """
+    last = [path.rpartition(".")[2] if ":" in path else Path(path).resolve().name for path in paths]
+    last = [name.removesuffix(Path(name).suffix) if Path(name).suffix in FORMATS else name for name in last]
+    names = [path if [*last, *taken].count(name) > 1 else name for name, path in zip(last, paths)]
+    return {str(Path(name).resolve()) if name in taken else name: path for name, path in zip(names, paths)}
 
 
 def load_function(spec, flag):
@@ -189,6 +234,23 @@ def rows_of_this_rank(rows):
     longest = -(-len(rows) // world_size())
     mine = list(rows[rank() :: world_size()])
     return mine + [None] * (longest - len(mine))
+
+
+def over_ranks(function, items, size_of, batch_size, what):
+    """Results of `function`, which takes a list and returns one as long, for all items in their order.
+
+    The ranks share the items; like sizes are in one batch; a line on the progress comes every half minute.
+    """
+    order = sorted(range(len(items)), key=lambda i: size_of(items[i]))
+    mine = [i for i in rows_of_this_rank(order) if i is not None]
+    found, began = [], time.time()
+    printed = began
+    for some in chunks(mine, batch_size):
+        found += function([items[i] for i in some])
+        if time.time() - printed > 30:
+            printed, left = time.time(), int((time.time() - began) / len(found) * (len(mine) - len(found)))
+            print0(f"{what:<22}{len(found):,}/{len(mine):,}  left {left // 60}:{left % 60:02d}")
+    return [result for _, result in sorted(zip(order, gather_rows(found)), key=lambda pair: pair[0])]
 
 
 def chunks(rows, size):

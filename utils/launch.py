@@ -17,11 +17,13 @@ import torch.distributed as dist
 AT_LEAST_1 = {
     "epochs", "batch_size", "micro_batch_size", "rollout_batch_size", "total_episodes", "num_ppo_epochs",
     "num_minibatches", "response_length", "max_length", "max_prompt_length", "num_eval_prompts", "eval_every",
-    "save_every", "log_every"}
+    "save_every", "log_every", "num_prompts", "judge_parallel"}
 AT_LEAST_0 = {
     "seed", "num_samples", "pack_length", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef",
-    "vf_coef", "cliprange", "cliprange_value", "nll_coef"}
-ABOVE_0 = {"temperature", "top_p", "repetition_penalty", "timeout_minutes", "beta"}
+    "vf_coef", "cliprange", "cliprange_value", "nll_coef", "judge_budget"}
+ABOVE_0 = {
+    "temperature", "top_p", "repetition_penalty", "timeout_minutes", "beta", "judge_timeout",
+    "judge_requests_per_minute"}
 AT_MOST_1 = {"top_p", "gamma", "lam", "warmup_ratio"}
 
 
@@ -48,9 +50,9 @@ def check_flags(args):
             ({"zero_stage"}, lambda x: x in (0, 2, 3), "0, 2 or 3"),
             ({"label_smoothing"}, lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
         ):
-            if name in names and not holds(value):
+            if name in names and value is not None and not holds(value):
                 fail(f"--{name} {value}: must be {words}")
-    if args.offload_optimizer and args.zero_stage == 0:
+    if getattr(args, "offload_optimizer", False) and args.zero_stage == 0:
         fail("--offload_optimizer needs --zero_stage 2 or 3")
 
 

@@ -59,6 +59,29 @@ def load_tokenizer(path, flag):
     return tokenizer
 
 
+def load_tokenizers(models, ref_model):
+    """{path: tokenizer} of --models, and of --ref_model if there is one; the first one reads the data.
+
+    All have one vocabulary, and those of --models make the same ids of a text, with the same chat template: else
+    prompts would differ, and a KL mean nothing.
+    """
+    named = [(path, "--models") for path in models] + [(ref_model, "--ref_model")] * bool(ref_model)
+    if not named:
+        fail("--models: responses alone. Give --ref_model, whose tokenizer measures their lengths")
+    tokenizers = {path: load_tokenizer(path, flag) for path, flag in named}
+    probe, first = "She said:\n 12 naïve days", tokenizers[named[0][0]]
+    for path, flag in named[1:]:
+        other = tokenizers[path]
+        wrong = ("another vocabulary" if other.get_vocab() != first.get_vocab() else None if flag == "--ref_model" else
+                 "other ids for the same text" if other(probe).input_ids != first(probe).input_ids else
+                 "another chat template" if other.chat_template != first.chat_template else None)
+        if wrong:
+            remedy = ("Give a reference of the same family, or None" if flag == "--ref_model" else
+                      "Evaluate it alone, then give its samples.jsonl as a model here")
+            fail(f"{flag} {path}: its tokenizer has {wrong} than that of {named[0][0]}. {remedy}")
+    return tokenizers
+
+
 def load_causal_lm(path, flag, tokenizer, bf16=False):
     """AutoModelForCausalLM in fp32 (bf16: in bf16), dropout off. Resized only where the tokenizer would not fit."""
     model, loaded = _load(AutoModelForCausalLM, path, flag, bf16)

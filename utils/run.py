@@ -30,10 +30,15 @@ def choose_folder(args, name):
     none that this run reads from.
     """
 
+    resume = getattr(args, "resume", False)  # evaluate.py has none
+
     def decide():  # on rank 0; returns (folder, what is wrong or None)
-        folder = Path(args.output_dir) if args.output_dir else _numbered(name, args.resume)
+        last = Path(args.output_dir) if args.output_dir else _numbered(name, existing=True)
+        if _to_do_again(last, args, name):
+            return last, None
+        folder = last if args.output_dir or resume else _numbered(name, existing=False)
         record = folder / "args.json"
-        if args.resume:
+        if resume:
             if not record.is_file():
                 return folder, f"--resume: there is no run in {folder} to resume. Give its --output_dir"
             before, now = _read_record(record), _comparable(args, name)
@@ -49,8 +54,8 @@ def choose_folder(args, name):
             return folder, None
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             if not args.overwrite:
-                return folder, (f"--output_dir {folder}: in use. Continue that run with --resume, "
-                                "replace it with --overwrite, or choose another folder")
+                go_on = "Continue that run with --resume, replace" if hasattr(args, "resume") else "Replace"
+                return folder, f"--output_dir {folder}: in use. {go_on} it with --overwrite, or choose another folder"
             if "script" not in _read_record(record):
                 return folder, f"--overwrite {folder}: this is not a run of these scripts, so it is left alone"
             for flag, path in _paths(args):
@@ -66,11 +71,23 @@ def choose_folder(args, name):
 
 def open_folder(folder, args, name):
     """Make the folder of a new run, without what --overwrite replaces, and write args.json."""
-    if rank() == 0 and not args.resume:
+
+    def make():  # on rank 0; returns whether another run was faster
+        if (folder / "args.json").exists() and not (args.overwrite or _to_do_again(folder, args, name)):
+            return True
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "args.json").write_text(json.dumps(_comparable(args, name), indent=1) + "\n")
+
+    if not getattr(args, "resume", False) and from_rank0(make):
+        fail(f"--output_dir {folder}: another run has begun there in the meantime. Give this one a folder of its own")
     barrier()
+
+
+def _to_do_again(folder, args, name):
+    """Whether this is an evaluation with the same flags that was cut off: it keeps nothing but args.json of worth."""
+    record = {**_read_record(folder / "args.json"), "overwrite": args.overwrite}
+    return not hasattr(args, "resume") and record == _comparable(args, name) and not (folder / "summary.json").exists()
 
 
 def _numbered(name, existing):
