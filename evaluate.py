@@ -412,12 +412,15 @@ def main(args: Args):
 
     # 4. the verdicts of every judge on every pair
     wins, bias, said = {}, {}, {}  # {(judge, a, b): (N,) 1, 1/2, 0 or nan}; of servers {position_bias, first}, replies
+    same = {(a, b): [x == y for x, y in zip(texts[a], texts[b])] for a, b in pairs}  # a tie, whatever rounding says
     for judge, (kind, server) in judges.items():
         if kind != "server":
-            wins |= {(judge, a, b): accuracy(scores[judge][a], scores[judge][b]) for a, b in pairs}
+            wins |= {(judge, a, b): np.where(same[a, b], 0.5, accuracy(scores[judge][a], scores[judge][b]))
+                     for a, b in pairs}
             continue
-        questions = {(a, b): [(fill(server.template, prompt, x, y), fill(server.template, prompt, y, x))  # [E23]
-                              if x != y else () for prompt, x, y in zip(prompts, texts[a], texts[b])] for a, b in pairs}
+        questions = {(a, b): [() if equal else (  # [E23] each pair in both orders
+            fill(server.template, prompt, x, y), fill(server.template, prompt, y, x)) for prompt, x, y, equal in zip(
+                prompts, texts[a], texts[b], same[a, b])] for a, b in pairs}
         replies = ask_within_budget(server, [question for asked in questions.values() for both in asked
                                              for question in both], args.judge_budget)  # {question: reply or None}
         for pair, asked in questions.items():
