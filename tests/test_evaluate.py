@@ -1,5 +1,6 @@
 """evaluate.py: win rates, intervals, length control, agreement, KL, judges of each kind, and runs from end to end."""
 
+import contextlib
 import json
 import math
 import shlex
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 import evaluate
 import reward_model
 from evaluate import agreement, both_orders, compare, describe_texts, interval, length_controlled, resample_prompts
-from utils.data import pad, short_names
+from utils.data import as_answer, pad, short_names
 from utils.judge import Server, ask_within_budget, connect
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
 
@@ -552,7 +553,6 @@ def test_the_estimate_comes_before_the_questions_and_a_budget_stops(folder, tmp_
 @pytest.fixture(scope="module")
 def finished(folder):
     """One run with both kinds of scoring judges, and what it printed."""
-    import contextlib
     import io
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -662,6 +662,30 @@ def test_responses_in_a_file_are_a_model(folder, finished, tmp_path):
     samples = write_rows(tmp_path / "mine.jsonl", rows)
     again = run(folder, tmp_path / "mine", models=(samples,))  # an evaluation's own samples, as the docs say
     assert again["models"]["mine"]["scores"] == finished[0]["models"]["two"]["scores"]
+
+
+def test_lengths_of_given_texts(folder, tokenizer):
+    """EOS counts, but for a text that is known to have been cut; no text has length 0, which has no logarithm."""
+    plain = len(tokenizer(" she said").input_ids)
+    lengths = [as_answer(text, tokenizer, ended)["length"] for text in (" she said", "")
+               for ended in (None, True, False)]
+    assert lengths == [plain + 1, plain + 1, plain, 1, 1, 1]
+
+
+def test_responses_in_a_csv_file(folder, tmp_path):
+    """Every kind of data file is a file of responses, not a model folder, and is named without its ending."""
+    rows = ["prompt,response", *(json.dumps(row["prompt"]) + ", yes" for row in read_rows(folder / "prompts.jsonl"))]
+    (tmp_path / "people.csv").write_text("\n".join(rows))
+    results = run(folder, tmp_path / "out", models=(str(tmp_path / "people.csv"),), judges=())
+    assert set(results["models"]) == {"people", "references"}
+
+
+def test_a_complete_evaluation_is_not_done_again_over_itself(folder, tmp_path, capsys):
+    """Only one that was cut off is: with a summary.json there the same command is refused and nothing changes."""
+    for _ in range(2):
+        with pytest.raises(SystemExit) if (tmp_path / "out").exists() else contextlib.nullcontext():
+            run(folder, tmp_path / "out", judges=(), pairs="references")
+    assert "in use" in capsys.readouterr().err and (tmp_path / "out" / "summary.json").exists()
 
 
 def test_prompts_without_references(folder, tmp_path):
