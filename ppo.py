@@ -70,7 +70,7 @@ class Args:
     missing_eos_score: float | None = -1.0
     """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
-    """sequences decoded and scored together per rank; changes memory and speed only. Paper: 64"""
+    """sequences decoded together per rank; changes memory and speed only. Paper: 64"""
     offload_frozen: bool = False
     """keep reference and reward model in CPU memory while they are not used. Paper: True for 6.9B (detail 48)"""
 
@@ -200,19 +200,19 @@ def response_logits(model, ids, mask, response_width, temperature, forbidden):
     return scale_logits(logits, temperature, forbidden)
 
 
-def state_values(critic, ids, mask, response_width, response_length):
+def state_values(critic, ids, mask, response_width, shift, response_length):
     """Values of the states before each token of the response, the last columns of ids (B, T) [detail 28].
 
-    One more, that of the state after the last column, follows where a shorter response may have ended there
-    [detail 31]: (B, min(response_width + 1, response_length)).
+    One more, that of the state after its last token, follows where a response has room for it [detail 31]: left-
+    aligned, (B, min(response_width + 1, response_length)).
     """
-    return critic(ids, mask)[:, -response_width - 1 :][:, :response_length]
+    return left_aligned(critic(ids, mask)[:, -response_width - 1 :], shift)[:, :response_length]
 
 
 def scale_logits(logits, temperature, forbidden):
     """Logits of the sampling distribution, before top-p and repetition penalty, in fp32. forbidden: (V,) bool."""
     logits = logits.float() / (temperature + 1e-7)  # [detail 26]
-    return logits.masked_fill(forbidden, torch.finfo(torch.float32).min)
+    return logits.masked_fill_(forbidden, torch.finfo(torch.float32).min)
 
 
 def load_models(args, tokenizer):
@@ -430,7 +430,7 @@ def value_losses(new_values, values, returns, cliprange_value):
 
 
 def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device):
-    """Queries (B, Tq), their mask, responses (B, Tr), lengths (B,), ended (B,) for prompts of (ids, text)."""
+    """Responses (B, Tr), lengths (B,), ended (B,) for prompts of (ids, text)."""
     queries, query_mask = pad([ids for ids, _ in prompts], tokenizer.pad_token_id, "left", device)  # [detail 5]
     responses = torch.empty(noise.shape, dtype=torch.long, device=device)
     noise = noise.to(device)
@@ -440,42 +440,61 @@ def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device):
         responses[rows] = generate(
             model, queries[rows, -width:], query_mask[rows, -width:], noise[rows], args.temperature,
             args.top_p, args.repetition_penalty, forbidden, eos_ids, tokenizer.pad_token_id)
-    return queries, query_mask, *truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
+    return truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
 
 
 @torch.no_grad()
-def score_responses(
-    reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args, retokenizer=None
-):
+def score_responses(reward_model, reward_function, sequences, ended, texts, args, retokenizer=None):
     """Score of each response (B,): the reward model's at the last token, or a Python function's of the texts.
 
-    retokenizer: the reward model's own tokenizer where it differs [E22], else None.
+    sequences: ids of query and response. retokenizer: the reward model's own tokenizer where it differs [E22].
     """
     if reward_function:
-        scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=queries.device)
+        scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=ended.device)
     else:
-        ids, whole_mask = torch.cat([queries, responses], dim=1), torch.cat([query_mask, mask], dim=1)
         if retokenizer:
             sequences = [
                 retokenizer(query).input_ids + retokenizer(response, add_special_tokens=False).input_ids
                 + [retokenizer.eos_token_id] * end for query, response, end in zip(*texts, ended.tolist())]
-            ids, whole_mask = pad(sequences, retokenizer.pad_token_id, "right", queries.device)
-            limit = getattr(reward_model.classifier.config, "max_position_embeddings", ids.shape[1])
-            fail_together(f"--retokenize: a text has {ids.shape[1]} of the reward model's tokens, and that has {limit} "
-                          "positions. Lower the limits of prompt and response" if ids.shape[1] > limit else None)
-        scores = torch.cat([at_last_token(reward_model(ids[rows], whole_mask[rows]), whole_mask[rows])
-                            for rows in torch.arange(len(ids)).split(args.rollout_batch_size)])
+            longest = max(map(len, sequences))
+            limit = getattr(reward_model.classifier.config, "max_position_embeddings", longest)
+            fail_together(f"--retokenize: a text has {longest} of the reward model's tokens, and that has {limit} "
+                          "positions. Lower the limits of prompt and response" if longest > limit else None)
+        scores = torch.zeros(len(sequences), device=ended.device)
+        by_length = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        for rows in chunks(by_length, args.micro_batch_size):
+            ids, mask = pad([sequences[i] for i in rows], 0, "right", ended.device)
+            scores[rows] = at_last_token(reward_model(ids, mask), mask)
     if args.missing_eos_score is None:
         return scores
     # [detail 13] away from EOS a score means nothing, so it is replaced, not reduced [detail 23]
     return torch.where(ended, scores, args.missing_eos_score)
 
 
-def trim_padding(rows, queries, query_mask, responses, mask, query_lengths, response_lengths):
-    """Some rows without the columns that are padding in all of them [E20]: ids, mask (b, T), response width."""
-    tq, tr = max(query_lengths[i] for i in rows), max(response_lengths[i] for i in rows)
-    ids = torch.cat([queries[rows, -tq:], responses[rows, :tr]], dim=1)
-    return ids, torch.cat([query_mask[rows, -tq:], mask[rows, :tr]], dim=1), tr
+def join(queries, responses, lengths):
+    """Ids of each query and its response (B, Tr) as far as it counts, in lists, and the responses' lengths in one."""
+    lengths = lengths.tolist()
+    return [query + response[:length] for query, response, length in zip(queries, responses.tolist(), lengths)], lengths
+
+
+def right_aligned(rows, sequences, lengths, pad_id, device):
+    """Some rows as a batch in which query and response touch and end in the last column: ids, mask (b, T), tr, shift.
+
+    So T is the longest row, not the longest query and the longest response together [E20]. tr: the longest of these
+    responses; token t of a response stands in column shift + t, shift (b,), of the last tr columns.
+    """
+    ids, mask = pad([sequences[i] for i in rows], pad_id, "left", device)
+    tr = max(lengths[i] for i in rows)
+    return ids, mask, tr, torch.tensor([tr - lengths[i] for i in rows], device=device)
+
+
+def left_aligned(values, shift):
+    """values (b, w) with each row moved left by shift (b,), so that column t belongs to token t of the response.
+
+    The last columns of a shorter response repeat its last value: nothing counts there.
+    """
+    columns = torch.arange(values.shape[1], device=values.device) + shift[:, None]
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -505,7 +524,8 @@ def main(args: Args):
         critic.classifier.gradient_checkpointing_enable()
     for name, model in (("policy", policy), ("critic", critic)):  # [E9] an optimizer each, not one module [detail 47]
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
-            model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
+            model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay,
+            fused=True)  # one pass over the weights, on a CPU several times faster
         engines[name] = create_engine(model, optimizer, args)
     eos_ids = torch.tensor(eos_token_ids(policy, tokenizer), device=device)
     forbidden = forbidden_tokens(tokenizer, ref_policy.get_output_embeddings().weight.shape[0]).to(device)  # (V,)
@@ -532,23 +552,24 @@ def main(args: Args):
         my_prompts = [eval_prompts[i] for i in mine]
         noise = sampling_noise(0, 0, mine, args.response_length)
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
-        queries, query_mask, responses, lengths, ended = rollout(
+        responses, lengths, ended = rollout(
             decoder, my_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
         mask, _ = response_masks(lengths, args.response_length)
-        kl = torch.zeros(noise.shape, device=device)
-        with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
-            for rows in torch.arange(len(mine)).split(args.rollout_batch_size):
-                ids = torch.cat([queries[rows], responses[rows]], dim=1)
-                whole_mask = torch.cat([query_mask[rows], mask[rows]], dim=1)
-                window = ids, whole_mask, args.response_length, args.temperature, forbidden
-                logprobs = token_logprobs(response_logits(decoder, *window), responses[rows])
-                ref_logprobs = token_logprobs(response_logits(ref_policy, *window), responses[rows])
-                kl[rows] = k1(logprobs, ref_logprobs) * mask[rows]
         query_ids, query_texts = zip(*my_prompts)
         texts = query_texts, decode_responses(tokenizer, query_ids, responses)
+        sequences, response_lengths = join(query_ids, responses, lengths)
+        kl = torch.zeros(noise.shape, device=device)
+        by_length = sorted(range(len(mine)), key=lambda i: -len(sequences[i]))
+        with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
+            for rows in chunks(by_length, args.micro_batch_size):
+                ids, mb_mask, tr, shift = right_aligned(
+                    rows, sequences, response_lengths, tokenizer.pad_token_id, device)
+                window = ids, mb_mask, tr, args.temperature, forbidden
+                logprobs = token_logprobs(response_logits(decoder, *window), ids[:, -tr:])
+                ref_logprobs = token_logprobs(response_logits(ref_policy, *window), ids[:, -tr:])
+                kl[rows, :tr] = left_aligned(k1(logprobs, ref_logprobs), shift) * mask[rows, :tr]
         with on_device(reward_model, device, args.offload_frozen):
-            scores = score_responses(
-                reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args, retokenizer)
+            scores = score_responses(reward_model, reward_function, sequences, ended, texts, args, retokenizer)
         columns = {"query": texts[0], "response": texts[1], "score": scores.tolist(), "kl": kl.sum(1).tolist(),
                    "length": lengths.tolist(), "ended": ended.tolist()}
         if gold_function:
@@ -580,19 +601,18 @@ def main(args: Args):
         batch_prompts = [prompts[i] for i in prompts_of_episodes(episodes, len(prompts), args.seed)]
         noise = sampling_noise(args.seed, update, episodes, args.response_length)
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
-        queries, query_mask, responses, lengths, ended = rollout(
+        responses, lengths, ended = rollout(
             decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
         engines["policy"].train()
         mask, value_mask = response_masks(lengths, args.response_length)  # (B, Tr) bool, True = counts
-        query_lengths, response_lengths = [len(ids) for ids, _ in batch_prompts], lengths.tolist()
         query_ids, query_texts = zip(*batch_prompts)
         texts = query_texts, decode_responses(tokenizer, query_ids, responses)
+        sequences, response_lengths = join(query_ids, responses, lengths)
         clock.append(time.time())
 
         # 4. scores
         with on_device(reward_model, device, args.offload_frozen):  # [detail 48] one at a time (theirs: by layers)
-            scores = score_responses(
-                reward_model, reward_function, queries, query_mask, responses, mask, ended, texts, args, retokenizer)
+            scores = score_responses(reward_model, reward_function, sequences, ended, texts, args, retokenizer)
         golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else []
 
         # 5. micro-batches of every epoch; log-probabilities and values by exactly the first epoch's forwards
@@ -600,20 +620,20 @@ def main(args: Args):
         for epoch in range(args.num_ppo_epochs):
             order = permutation(len(episodes), args.seed, update, rank(), epoch)  # [detail 41] new in each epoch
             minibatches = chunks(order, len(episodes) // args.num_minibatches)
-            for rows in minibatches:  # like lengths share a micro-batch; the minibatch's gradient is the same
-                rows.sort(key=lambda i: query_lengths[i] + response_lengths[i])
+            for rows in minibatches:  # like lengths share a micro-batch, the longest first, as memory is least torn so
+                rows.sort(key=lambda i: -len(sequences[i]))
             plan.append([chunks(rows, args.micro_batch_size) for rows in minibatches])
         logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr)
         with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
             for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
-                ids, mb_mask, tr = trim_padding(
-                    rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+                ids, mb_mask, tr, shift = right_aligned(
+                    rows, sequences, response_lengths, tokenizer.pad_token_id, device)
                 logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
                 ref_logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
-                mb_values = state_values(engines["critic"], ids, mb_mask, tr, args.response_length)
-                logprobs[rows, :tr] = token_logprobs(logits, responses[rows, :tr])
-                ref_logprobs[rows, :tr] = token_logprobs(ref_logits, responses[rows, :tr])
-                entropies[rows, :tr] = token_entropies(logits)
+                mb_values = state_values(engines["critic"], ids, mb_mask, tr, shift, args.response_length)
+                logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
+                ref_logprobs[rows, :tr] = left_aligned(token_logprobs(ref_logits, ids[:, -tr:]), shift)
+                entropies[rows, :tr] = left_aligned(token_entropies(logits), shift)
                 values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
         logprobs, ref_logprobs = logprobs * mask, ref_logprobs * mask  # [detail 30] [E15]
         values = values * value_mask  # [detail 31]
@@ -626,7 +646,7 @@ def main(args: Args):
             rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 24] [detail 35]
         advantages, returns = gae(rewards, values, args.gamma, args.lam)  # [detail 36] returns before whitening
         advantages = masked_whiten(advantages, mask)  # [detail 25] [detail 37]
-        saved_on_failure = {"queries": queries, "responses": responses}
+        saved_on_failure = {"queries": query_ids, "responses": responses}
         stop_if_not_finite({"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
                            saved_on_failure, folder, update)
 
@@ -641,23 +661,15 @@ def main(args: Args):
                 counted += counts
                 drift = torch.zeros((), device=device)
                 for rows in minibatch:
-                    ids, mb_mask, tr = trim_padding(
-                        rows, queries, query_mask, responses, mask, query_lengths, response_lengths)
+                    ids, mb_mask, tr, shift = right_aligned(
+                        rows, sequences, response_lengths, tokenizer.pad_token_id, device)
                     logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
-                    new_logprobs = token_logprobs(logits, responses[rows, :tr])  # (b, tr)
+                    new_logprobs = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)  # (b, tr)
                     token_mask = mask[rows, :tr]
                     pg_losses, pg_clipped = policy_losses(
                         new_logprobs, logprobs[rows, :tr], advantages[rows, :tr], args.cliprange)
                     pg_loss = (pg_losses * token_mask).sum()
                     engines["policy"].backward(pg_loss / counts[0] * world_size())  # [detail 40] [E2]
-
-                    new_values = state_values(engines["critic"], ids, mb_mask, tr, args.response_length)
-                    tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well
-                    vf_losses, vf_clipped = value_losses(
-                        new_values, values[rows, :tv], returns[rows, :tv], args.cliprange_value)
-                    vf_loss = (vf_losses * value_mask[rows, :tv]).sum()
-                    engines["critic"].backward(args.vf_coef * vf_loss / counts[1] * world_size())  # [detail 39]
-
                     with torch.no_grad():
                         log_ratio = (new_logprobs - logprobs[rows, :tr]) * token_mask
                         drift = torch.maximum(drift, log_ratio.abs().max())
@@ -665,7 +677,6 @@ def main(args: Args):
                         token_sums += torch.stack([
                             pg_loss, (pg_clipped * token_mask).sum(), 0.5 * (log_ratio**2).sum(),
                             (log_ratio.exp() * token_mask).sum(), (log_ratio.exp() ** 2 * token_mask).sum()])
-                        state_sums += torch.stack([vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()])
                 if epoch == m == 0:  # [E14] nothing is trained yet: the ratio must be 1
                     drift = float(all_max(drift))
                     if drift > 1e-4 and args.bf16:
@@ -674,6 +685,17 @@ def main(args: Args):
                         fail(f"update {update}: log-probabilities moved by {drift:.1e} before any training. Scoring "
                              "and update disagree: dropout, temperature, padding or the model's forward")
                 grad_norms[0] += optimizer_step(engines["policy"], lr)
+
+                for rows in minibatch:  # only now, so that never both models' gradients are in memory
+                    ids, mb_mask, tr, shift = right_aligned(
+                        rows, sequences, response_lengths, tokenizer.pad_token_id, device)
+                    new_values = state_values(engines["critic"], ids, mb_mask, tr, shift, args.response_length)
+                    tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well
+                    vf_losses, vf_clipped = value_losses(
+                        new_values, values[rows, :tv], returns[rows, :tv], args.cliprange_value)
+                    vf_loss = (vf_losses * value_mask[rows, :tv]).sum()
+                    engines["critic"].backward(args.vf_coef * vf_loss / counts[1] * world_size())  # [detail 39]
+                    state_sums += torch.stack([vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()]).detach()
                 grad_norms[1] += optimizer_step(engines["critic"], critic_lr)
         clock.append(time.time())
 

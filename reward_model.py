@@ -33,7 +33,7 @@ from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_th
 from utils.formats import CNNDM_BATCHES
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
-from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
+from utils.models import check_length, check_mask, count_parameters, load_classifier, load_tokenizer, save_model
 from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
 from utils.run import stop_if_not_finite
 
@@ -62,6 +62,9 @@ class Args:
     """pairs per optimizer step, over all ranks. Paper: 64"""
     micro_batch_size: int = 32
     """pairs per forward and rank; changes memory and speed, not the gradient. Paper: 1"""
+    share_prefix: bool = False
+    """put both completions of a pair into one row that holds their common beginning once, each blind to the other:
+    faster where prompts are long; needs a model that obeys such a mask (E27)"""
     lr: float = 2e-3
     """peak learning rate of AdamW. Paper: 3e-6"""
     warmup_ratio: float = 0.05
@@ -139,6 +142,30 @@ def load_demonstrations(path, flag, tokenizer, args):
     return kept
 
 
+def shared_length(chosen, rejected):
+    """Number of tokens that two rows both begin with, each keeping at least its last one."""
+    both = list(zip(chosen[:-1], rejected[:-1]))
+    return next((i for i, (a, b) in enumerate(both) if a != b), len(both))
+
+
+def collate_shared(pairs, device):
+    """Pairs as right-padded rows that hold the common beginning once [E27]: ids, segments, position_ids, all (B, T).
+
+        ids           a  b  c     y  y  EOS     z  EOS    0       both begin with a b c, chosen y y EOS, rejected z EOS
+        segments      1  1  1     2  2  2       3  3      0       scores are read at the last 2 and the last 3
+        position_ids  0  1  2     3  4  5       3  4      0       as if the beginning stood before each [detail 45]
+
+    A None among the pairs becomes a row of two tokens, one a side, which has to be left out of the loss.
+    """
+    rows, segments, position_ids = [], [], []
+    for chosen, rejected in [pair[:2] if pair else ([0], [0]) for pair in pairs]:
+        shared = shared_length(chosen, rejected)
+        rows.append(chosen + rejected[shared:])
+        segments.append([1] * shared + [2] * (len(chosen) - shared) + [3] * (len(rejected) - shared))
+        position_ids.append([*range(len(chosen)), *range(shared, len(rejected))])
+    return [pad(x, 0, "right", device)[0] for x in (rows, segments, position_ids)]  # id 0, never PAD [detail 3]
+
+
 # ---- Model ------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +187,25 @@ class ScalarModel(torch.nn.Module):
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
             use_cache=False).last_hidden_state  # (B, T, d)
         return self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
+
+
+class PairModel(ScalarModel):
+    """ScalarModel that takes pairs of collate_shared too, for --share_prefix [E27].
+
+    forward(ids, segments, position_ids), all (B, T) -> scores of chosen and rejected, (2, B) fp32. A token sees the
+    common beginning, and its own completion up to itself. forward(ids, mask) is that of ScalarModel.
+    """
+
+    def forward(self, ids, segments, position_ids=None):
+        if position_ids is None:
+            return super().forward(ids, segments)
+        seen = ((segments[:, :, None] == segments[:, None, :]) | (segments == 1)[:, None, :]).tril()[:, None]
+        dtype = self.classifier.score.weight.dtype
+        attention_mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)  # (B, 1, T, T)
+        states = self.classifier.base_model(
+            input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        values = self.classifier.score(states).squeeze(-1).float() - self.reward_mean  # (B, T)
+        return torch.stack([at_last_token(values, segments == side) for side in (2, 3)])
 
 
 def init_head(model, seed):
@@ -317,11 +363,13 @@ def main(args: Args):
     demonstrations = load_demonstrations(args.demonstrations, "--demonstrations", tokenizer, args)
     model = load_classifier(args.model, "--model", tokenizer, new_head=True)  # [detail 7] without dropout
     check_length(model, args.max_length, "--max_length")
+    if args.share_prefix:
+        check_mask(model, "--share_prefix", args.max_length)
     model.config.reward_mean = 0.0
     init_head(model, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    scalar_model = ScalarModel(model).to(device)
+    scalar_model = (PairModel if args.share_prefix else ScalarModel)(model).to(device)
     optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
         scalar_model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
     engine = create_engine(scalar_model, optimizer, args)
@@ -360,13 +408,17 @@ def main(args: Args):
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = permutation(len(train), args.seed, epoch)  # [E5] one order for all ranks, each takes its share
         batch = [train[i] for i in order[index * args.batch_size : (index + 1) * args.batch_size]]
-        batch.sort(key=lambda pair: max(len(pair[0]), len(pair[1])))  # like lengths share a micro-batch
+        batch.sort(key=lambda pair: max(len(pair[0]), len(pair[1])) if not args.share_prefix else
+                   len(pair[0]) + len(pair[1]) - shared_length(*pair[:2]))  # like lengths share a micro-batch
         sums = torch.zeros(4, device=device)  # loss, correct, chosen score, rejected score
         for micro in chunks(rows_of_this_rank(batch), args.micro_batch_size):
-            sequences = [pair[side] if pair else [0] for side in (0, 1) for pair in micro]
-            ids, mask = pad(sequences, tokenizer.pad_token_id, "right", device)
             counts = torch.tensor([pair is not None for pair in micro], device=device)  # (B,)
-            chosen, rejected = at_last_token(engine(ids, mask), mask).chunk(2)  # [detail 10] one forward for both
+            if args.share_prefix:
+                chosen, rejected = engine(*collate_shared(micro, device))
+            else:
+                sequences = [pair[side] if pair else [0] for side in (0, 1) for pair in micro]
+                ids, mask = pad(sequences, tokenizer.pad_token_id, "right", device)
+                chosen, rejected = at_last_token(engine(ids, mask), mask).chunk(2)  # [detail 10] one forward for both
             loss_sum = (pair_losses(chosen, rejected) * counts).sum()
             engine.backward(loss_sum / len(batch) * world_size())  # [E2] one mean over the step; ranks are averaged
             correct = (chosen > rejected) + 0.5 * (chosen == rejected)

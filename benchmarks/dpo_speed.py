@@ -14,25 +14,15 @@ computed: it pays where prompts are long or the model is wide. --prompt 16 32 --
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from benchmarks.common import Memory, child, now, write_rows
 
 BATCH_SIZE, MICRO_BATCH_SIZE, BETA = 32, 8, 0.1
 SIDES = ("dpo.py, cached reference", "dpo.py, live reference", "TRL, live reference", "TRL, precomputed reference")
-
-
-def resident_mib():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def peak_mib():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def make_workload(folder, args):
@@ -44,7 +34,8 @@ def make_workload(folder, args):
     tokenizer = AutoTokenizer.from_pretrained("assets/sft")
     config = GPTNeoXConfig(
         vocab_size=4096, hidden_size=args.width, num_hidden_layers=6, num_attention_heads=8,
-        intermediate_size=4 * args.width, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        intermediate_size=4 * args.width, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
     for seed, name in enumerate(("policy", "reference")):
         torch.manual_seed(seed)
         GPTNeoXForCausalLM(config).save_pretrained(folder / name)
@@ -60,17 +51,17 @@ def make_workload(folder, args):
     rows = [{"prompt": text(*args.prompt), "chosen": text(*args.response), "rejected": text(*args.response)}
             for _ in range(BATCH_SIZE * args.batches)]
     for name, some in (("many", rows), ("one", rows[:BATCH_SIZE])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        write_rows(folder / f"{name}.jsonl", some)
 
 
-def run_ours(folder, data, epochs, live):
+def run_ours(folder, data, live):
     import dpo
 
-    after_imports, stamps = resident_mib(), []
+    memory, stamps = Memory(), []
 
     def timed_step(*args, original=dpo.optimizer_step):
         norm = original(*args)
-        stamps.append(time.perf_counter())
+        stamps.append(now())
         return norm
 
     dpo.optimizer_step = timed_step
@@ -79,32 +70,32 @@ def run_ours(folder, data, epochs, live):
     dpo.main(dpo.Args(
         model=str(folder / "policy"), ref_model=str(folder / "reference"), train_data=data,
         eval_data=(str(folder / "one.jsonl"),), eval_prompts=str(folder / "one.jsonl"), num_eval_prompts=1,
-        response_length=1, gold_function=None, max_prompt_length=512, max_length=1024, beta=BETA, epochs=epochs,
+        response_length=1, gold_function=None, max_prompt_length=512, max_length=1024, beta=BETA, epochs=1,
         batch_size=BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE, lr=0.0, log_every=1, eval_every=10**6,
         save_every=10**6,
         ref_cache=None if live else str(folder / "cache"), output_dir=str(out), overwrite=out.exists()))
     losses = [json.loads(line).get("train/loss") for line in open(out / "metrics.jsonl")]
-    return {"stamps": stamps, "losses": [loss for loss in losses if loss], "memory": peak_mib() - after_imports}
+    return {"stamps": stamps, "losses": [loss for loss in losses if loss], "memory": memory.peak()}
 
 
-def run_trl(folder, data, epochs, live):
+def run_trl(folder, data, live):
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     torch.set_num_threads(1)
-    after_imports, stamps = resident_mib(), []
+    memory, stamps = Memory(), []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            stamps.append(time.perf_counter())
+            stamps.append(now())
 
     config = DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=MICRO_BATCH_SIZE,
-        gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE, num_train_epochs=epochs, learning_rate=0.0,
-        beta=BETA, max_length=None, logging_steps=1, report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False,
-        save_strategy="no", precompute_ref_log_probs=not live, disable_tqdm=True)
+        gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE, num_train_epochs=1, learning_rate=0.0,
+        beta=BETA, max_length=None, logging_steps=1, report_to=[], bf16=False, use_cpu=True,
+        gradient_checkpointing=False, save_strategy="no", precompute_ref_log_probs=not live, disable_tqdm=True)
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("policy", "reference"))
     trainer = DPOTrainer(
@@ -113,20 +104,7 @@ def run_trl(folder, data, epochs, live):
         train_dataset=load_dataset("json", data_files=str(folder / f"{data}.jsonl"), split="train"))
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"stamps": stamps, "losses": losses, "memory": peak_mib() - after_imports}
-
-
-def child(python, folder, side, data, epochs):
-    """One run in a process of its own: seconds of each step after the first two, losses, memory."""
-    command = [python, "-m", "benchmarks.dpo_speed", "--side", side, "--folder", folder, "--data", data,
-               "--epochs", str(epochs)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    result = json.loads(Path(folder, "result.json").read_text())
-    stamps = result["stamps"][1:]
-    result["seconds"] = [after - before for before, after in zip(stamps, stamps[1:])]
-    return result
+    return {"stamps": stamps, "losses": losses, "memory": memory.peak()}
 
 
 def main(args):
@@ -135,12 +113,14 @@ def main(args):
         pythons = {side: sys.executable if side.startswith("dpo.py") else args.trl_python for side in SIDES}
         print(f"Loss of one batch of {BATCH_SIZE} pairs, learning rate 0:\n\n| | loss |\n|-|-|")
         for side in SIDES:
-            print(f"| {side} | {child(pythons[side], folder, side, 'one', 1)['losses'][0]:.7f} |", flush=True)
+            print(f"| {side} | {child('dpo_speed', pythons[side], side, folder, data='one')['losses'][0]:.7f} |",
+                  flush=True)
         seconds, memory = {side: [] for side in SIDES}, {side: [] for side in SIDES}
         for _ in range(args.repeats):
             for side in SIDES:
-                result = child(pythons[side], folder, side, "many", 1)
-                seconds[side].append(statistics.median(result["seconds"]))
+                result = child("dpo_speed", pythons[side], side, folder, data="many")
+                stamps = result["stamps"][1:]
+                seconds[side].append(statistics.median(after - before for before, after in zip(stamps, stamps[1:])))
                 memory[side].append(result["memory"])
         print(f"\nMedian of {args.repeats} runs of {args.batches} steps (each run: its median step):\n\n"
               "| | seconds per step | lowest to highest run | peak memory, MiB |\n|-|-|-|-|")
@@ -161,13 +141,12 @@ if __name__ == "__main__":
     parser.add_argument("--response", type=int, nargs=2, default=(8, 96))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=8)
-    for name in ("side", "folder", "data"):
+    for name in ("side", "folder", "settings"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         run = run_ours if args.side.startswith("dpo.py") else run_trl
-        result = run(Path(args.folder), args.data, args.epochs, "live" in args.side)
+        result = run(Path(args.folder), live="live" in args.side, **json.loads(args.settings))
         Path(args.folder, "result.json").write_text(json.dumps(result))
     else:
         main(args)

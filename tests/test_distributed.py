@@ -89,6 +89,7 @@ ON_TWO_RANKS = {
     "sft_packed": (sft, PACKED), "sft_tied_zero3": (sft, TIED | dict(zero_stage=3)),
     "sft_few_zero3": (sft, FEW | dict(zero_stage=3)),
     "reward_model_few_zero3": (reward_model, FEW_PAIRS | dict(zero_stage=3)),
+    "reward_model_shared_few_zero3": (reward_model, FEW_PAIRS | dict(zero_stage=3, share_prefix=True)),
     **{f"ppo_zero{stage}": (ppo, dict(zero_stage=stage, save_every=1 if stage == 2 else 100)) for stage in (0, 2, 3)},
     **{f"ppo_zero{stage}_savers": (ppo, dict(zero_stage=stage, **SAVERS)) for stage in (2, 3)},
     "ppo_offload_frozen": (ppo, dict(offload_frozen=True)),
@@ -409,10 +410,13 @@ def test_packed_sft_on_two_ranks_equals_one(inputs, one, two):
     assert_same_weights(two / "sft_packed", one / "sft_packed", inputs / "lm")
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "reward_model", "reward_model_shared", "dpo"])
 def test_a_rank_without_a_row_waits_for_the_other(inputs, one, two, script):
-    """Last batches of one row and one held-out row, so nothing for rank 1: ZeRO 3 on two ranks equals one rank."""
-    run, expected = two / f"{script}_few_zero3", one / f"{script}_few"
+    """Last batches of one row and one held-out row, so nothing for rank 1: ZeRO 3 on two ranks equals one rank.
+
+    reward_model_shared: --share_prefix on two ranks equals one rank without it.
+    """
+    run, expected = two / f"{script}_few_zero3", one / f"{script.removesuffix('_shared')}_few"
     assert_same_metrics(read(run / "metrics.jsonl"), read(expected / "metrics.jsonl"), SAMPLED)
     assert_same_weights(run, expected, inputs / "lm")
 

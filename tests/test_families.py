@@ -161,6 +161,18 @@ def test_dpo_logprobs_of_a_pair_with_one_prompt(lm):
     assert lengths.tolist() == [[2, 5, 1, 0], [1, 2, 3, 0]] and logprobs[:, 3].tolist() == [0, 0]
 
 
+@torch.no_grad()
+def test_scores_of_a_pair_with_one_beginning(classifier):
+    """reward_model.py --share_prefix: pairs of all sizes in one row each have the scores of their rows alone."""
+    parts = random_rows(6, 2, 1, 3, 5, 2, 1, 1, 3)  # beginning, chosen, rejected of each; within the attention window
+    pairs = [(start + chosen, start + rejected, {}) for start, chosen, rejected in (parts[:3], parts[3:6], parts[6:])]
+    scores = reward_model.PairModel(classifier)(*reward_model.collate_shared([*pairs, None], "cpu"))
+    for i, pair in enumerate(pairs):
+        for side in (0, 1):
+            hidden = classifier.base_model(input_ids=torch.tensor([pair[side]]), use_cache=False).last_hidden_state
+            torch.testing.assert_close(scores[side, i], classifier.score(hidden)[0, -1, 0], rtol=0, atol=1e-4)
+
+
 def test_packs_of_rows_beyond_the_attention_window_are_refused(tmp_path, capsys):
     """A pack's mask would replace the sliding window of Mistral: one line says so."""
     folder = save_random(tmp_path / "lm", CONFIGS["mistral"])

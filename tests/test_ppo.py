@@ -43,7 +43,7 @@ def example(junk=(7, 8), **changes):
     e.responses, e.lengths, e.ended = ppo.truncate_at_eos(responses, torch.tensor([EOS]), PAD)
     e.mask, e.value_mask = ppo.response_masks(e.lengths, 5)
     e.scores = ppo.score_responses(
-        None, lambda queries, texts: [1.5, 2.0, 3.0], responses, None, e.responses, e.mask, e.ended, (["q"] * 3, ["r"] * 3),
+        None, lambda queries, texts: [1.5, 2.0, 3.0], None, e.ended, (["q"] * 3, ["r"] * 3),
         SimpleNamespace(missing_eos_score=-1.0))
     e.logprobs, e.ref_logprobs = e.logprobs * e.mask, e.ref_logprobs * e.mask
     e.values = e.values * e.value_mask
@@ -272,17 +272,17 @@ def test_detail_12_last_token_is_found_on_any_padding_side():
 def scored(tiny_classifier):
     """A reward model, three padded queries (one holds an EOS) and four-token responses."""
     tiny_classifier.config.reward_mean = 0.5
-    queries, query_mask = ppo.pad([[5, 6], [7, EOS, 8, 9], [3]], 60, "left")
     responses = torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4], [2, 2, 5, 0]])
     responses, lengths, ended = ppo.truncate_at_eos(responses, torch.tensor([EOS]), 60)
+    sequences, response_lengths = ppo.join([[5, 6], [7, EOS, 8, 9], [3]], responses, lengths)
+    assert response_lengths == [2, 4, 4]
     return SimpleNamespace(
-        model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, queries=queries, query_mask=query_mask,
-        responses=responses, mask=ppo.response_masks(lengths, 4)[0], ended=ended)
+        model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, sequences=sequences, ended=ended)
 
 
-def score(s, missing_eos_score, rollout_batch_size=2):
-    args = SimpleNamespace(missing_eos_score=missing_eos_score, rollout_batch_size=rollout_batch_size)
-    return ppo.score_responses(s.model, None, s.queries, s.query_mask, s.responses, s.mask, s.ended, None, args)
+def score(s, missing_eos_score, micro_batch_size=2):
+    args = SimpleNamespace(missing_eos_score=missing_eos_score, micro_batch_size=micro_batch_size)
+    return ppo.score_responses(s.model, None, s.sequences, s.ended, None, args)
 
 
 def test_detail_15_scores_equal_the_classifiers_on_unpadded_rows(scored):
@@ -290,7 +290,7 @@ def test_detail_15_scores_equal_the_classifiers_on_unpadded_rows(scored):
     rows = [[5, 6, 4, 0], [7, 0, 8, 9, 1, 2, 3, 4], [3, 2, 2, 5, 0]]
     expected = [scored.classifier(torch.tensor([row])).logits.item() - 0.5 for row in rows]
     close(score(scored, None), expected, 1e-5)
-    close(score(scored, None, rollout_batch_size=8), expected, 1e-5)
+    close(score(scored, None, micro_batch_size=8), expected, 1e-5)
 
 
 def test_detail_23_score_without_eos_is_replaced(scored):
@@ -300,22 +300,31 @@ def test_detail_23_score_without_eos_is_replaced(scored):
     assert torch.equal(replaced[[0, 2]], kept[[0, 2]])
 
 
-def test_trim_padding_drops_only_columns_of_padding(tiny_lm):
-    """A micro-batch has its rows' tokens, no column that is padding in all of them, and the same logits (T36)."""
+def test_right_aligned_rows_have_no_needless_padding_and_the_same_logits(tiny_lm):
+    """A micro-batch is as wide as its longest row; left_aligned brings its responses' log-probabilities and values to the
+    columns where they stand alone (T36)."""
     lengths, widths = [2, 5, 3, 1], [4, 1, 2, 6]
     torch.manual_seed(0)
-    queries, query_mask = ppo.pad([torch.randint(1, 60, (n,)).tolist() for n in lengths], 60, "left")
-    responses, mask = ppo.pad([torch.randint(1, 60, (n,)).tolist() for n in widths], 60, "right")
+    queries, responses = ([torch.randint(1, 60, (n,)).tolist() for n in sizes] for sizes in (lengths, widths))
+    sequences = [query + response for query, response in zip(queries, responses)]
     forbidden = torch.arange(64) == 60
-    whole = torch.cat([queries, responses], 1), torch.cat([query_mask, mask], 1)
-    full = ppo.response_logits(tiny_lm, *whole, 6, 0.7, forbidden)
-    for rows, shape in (([0, 2], (3, 4)), ([3], (1, 6)), ([1, 0], (5, 4)), ([0, 1, 2, 3], (5, 6))):
-        ids, ids_mask, width = ppo.trim_padding(rows, queries, query_mask, responses, mask, lengths, widths)
-        assert (ids.shape[1] - width, width) == shape and ids_mask.any(0).all()
-        assert [row[m].tolist() for row, m in zip(ids, ids_mask)] == [whole[0][i][whole[1][i]].tolist() for i in rows]
-        logits = ppo.response_logits(tiny_lm, ids, ids_mask, width, 0.7, forbidden)
+    critic = lambda ids, mask: torch.where(mask, ids, -1).float()  # "the value after a token" is the token itself
+    for rows, shape in (([0, 2], (6, 4)), ([3], (7, 6)), ([1, 0], (6, 4)), ([0, 1, 2, 3], (7, 6))):
+        ids, mask, tr, shift = ppo.right_aligned(rows, sequences, widths, 60, None)
+        assert (ids.shape[1], tr) == shape and shift.tolist() == [tr - widths[i] for i in rows]
+        assert [row[m].tolist() for row, m in zip(ids, mask)] == [sequences[i] for i in rows] and mask[:, -1].all()
+        logits = ppo.response_logits(tiny_lm, ids, mask, tr, 0.7, forbidden)
+        logprobs = ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
+        for room in (tr, tr + 1):
+            values = ppo.state_values(critic, ids, mask, tr, shift, room)
+            assert values.shape[1] == room
+            for j, i in enumerate(rows):
+                states = [queries[i][-1], *responses[i]][:room]
+                assert values[j, : len(states)].tolist() == states
         for j, i in enumerate(rows):
-            close(logits[j, : widths[i], :60], full[i, : widths[i], :60], 1e-5)
+            alone = torch.tensor([sequences[i]])
+            expected = ppo.response_logits(tiny_lm, alone, alone > 0, widths[i], 0.7, forbidden)
+            close(logprobs[j, : widths[i]], ppo.token_logprobs(expected, torch.tensor([responses[i]]))[0], 1e-5)
 
 
 # ---- Engines ----------------------------------------------------------------------------------------------
@@ -398,7 +407,7 @@ def weights(folder):
 
 
 SPIED = ("rollout", "sampling_noise", "score_responses", "k3", "token_rewards", "gae", "masked_whiten", "policy_losses",
-         "value_losses", "trim_padding")
+         "value_losses", "right_aligned")
 
 
 @pytest.fixture(scope="module")
@@ -420,17 +429,19 @@ def spied(assets, tmp_path_factory):
         metrics = run(assets, folder, steps, total_episodes=32, lr=2e-3, critic_lr=1e-3, weight_decay=0.02, adam_eps=1e-6)
     policy = AutoModelForCausalLM.from_pretrained(assets["sft_model"]).eval()
     reward_model = AutoModelForSequenceClassification.from_pretrained(assets["reward_model"]).eval()
-    updates = []
+    updates, evaluated = [], 2  # the micro-batches of the evaluation before the first update
     for u in range(2):
         new, train = calls["rollout"][u + 1].result, calls["policy_losses"][8 * u : 8 * u + 8]
+        cuts = calls["right_aligned"][20 * u + 4 + evaluated : 20 * u + 20 + evaluated]  # policy, critic, policy, critic
+        assert [cut.args[0] for cut in cuts[:4] + cuts[8:12]] == [cut.args[0] for cut in cuts[4:8] + cuts[12:]]
         updates.append(SimpleNamespace(
-            prompts=[ids for ids, _ in calls["rollout"][u + 1].args[1]], responses=new[2], lengths=new[3], ended=new[4],
-            mask=ppo.response_masks(new[3], 8)[0], value_mask=ppo.response_masks(new[3], 8)[1],
+            prompts=[ids for ids, _ in calls["rollout"][u + 1].args[1]], responses=new[0], lengths=new[1], ended=new[2],
+            mask=ppo.response_masks(new[1], 8)[0], value_mask=ppo.response_masks(new[1], 8)[1],
             scores=calls["score_responses"][u + 1].result, logprobs=calls["k3"][u].args[0], ref_logprobs=calls["k3"][u].args[1],
             kl=calls["token_rewards"][u].args[0], rewards=calls["gae"][u].args[0], values=calls["gae"][u].args[1],
             advantages=calls["masked_whiten"][u].result, returns=calls["gae"][u].result[1],
             policy_losses=train, value_losses=calls["value_losses"][8 * u : 8 * u + 8],
-            cuts=calls["trim_padding"][12 * u + 4 : 12 * u + 12]))
+            cuts=cuts[:4] + cuts[8:12]))
     return SimpleNamespace(calls=calls, steps=steps, folder=folder, flags=assets, before=before, metrics=metrics,
                            policy=policy, reward_model=reward_model, updates=updates)
 
@@ -501,7 +512,7 @@ def test_evaluated_kl_equals_a_slow_loop(spied):
     """KL, score and length of each held-out sample after training equal a row-by-row loop over the saved policy (T24)."""
     trained = AutoModelForCausalLM.from_pretrained(spied.folder).eval()
     _, prompts = spied.calls["rollout"][-1].args[:2]
-    responses, lengths = spied.calls["rollout"][-1].result[2:4]
+    responses, lengths = spied.calls["rollout"][-1].result[:2]
     samples = [row for row in rows_of(spied.folder / "samples.jsonl") if row["step"] == 2]
     assert len(samples) == 8 and max(abs(row["kl"]) for row in samples) > 0.01
     for (query, _), response, length, sample in zip(prompts, responses, lengths.tolist(), samples):
@@ -534,7 +545,8 @@ def test_ratio_is_exactly_1_in_the_first_epoch(spied):
     for u in spied.updates:
         for number, (policy_loss, cut) in enumerate(zip(u.policy_losses, u.cuts)):
             new, old, *_ = policy_loss.args
-            same = torch.equal((new * cut.result[1][:, -cut.result[2] :]), old)
+            counts = torch.arange(new.shape[1]) < cut.result[2] - cut.result[3][:, None]
+            same = torch.equal(new * counts, old)
             assert same == (number < 4)  # four micro-batches an epoch, and the second epoch has moved
 
 
@@ -841,7 +853,7 @@ def test_retokenized_scores_equal_those_of_the_texts(assets, byte_reward_model, 
     calls, values, original, gae = [], [], ppo.score_responses, ppo.gae
 
     def spy(*args, **options):
-        calls.append((*args[7], args[6].tolist(), original(*args, **options).tolist()))
+        calls.append((*args[4], args[3].tolist(), original(*args, **options).tolist()))
         return original(*args, **options)
 
     monkeypatch.setattr(ppo, "score_responses", spy)
@@ -931,7 +943,7 @@ def test_detail_48_frozen_models_are_on_the_device_only_when_used(assets, tmp_pa
                 assert not offload or sorted(place.values()) == ["cpu", "device"]  # one at a time
             elif kind == "free" and offload:
                 assert set(place.values()) == {"cpu"}
-        assert uses == 2 * (1 + 1) + 2 * (4 + 1)  # evaluations and updates: forwards of the reference, scores
+        assert uses == 2 * (2 + 1) + 2 * (4 + 1)  # evaluations and updates: forwards of the reference, scores
         assert set(place.values()) == {"cpu" if offload else "device"}
     for file in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors"):
         assert digest(tmp_path / "plain" / file) == digest(tmp_path / "offloaded" / file), file

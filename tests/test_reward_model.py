@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 import transformers
 from conftest import ROOT, tiny_config
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
-from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
+from transformers import GPT2ForSequenceClassification, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import JambaConfig, LlamaConfig, LlamaForSequenceClassification, MistralConfig
 
 import reward_model
 from utils.data import pad, permutation, rows_of_this_rank
@@ -165,6 +166,19 @@ def test_main_visits_every_pair_once_an_epoch_chosen_first(files, tmp_path, toke
     assert set(epochs[0][:8]) != set(epochs[1][:8])
 
 
+def test_detail_e27_rows_hold_the_common_beginning_once():
+    """The row of the docstring, none in common, one the other's beginning, equal ids, a None: all by hand."""
+    pairs = [([5, 6, 7, 8, 8, 0], [5, 6, 7, 9, 0], {}), ([5, 0], [6, 5, 0], {}), ([5, 6, 0], [5, 6, 0, 7, 0], {}),
+             ([5, 0], [5, 0], {}), None]
+    ids, segments, positions = reward_model.collate_shared(pairs, "cpu")
+    assert ids.tolist() == [[5, 6, 7, 8, 8, 0, 9, 0], [5, 0, 6, 5, 0, 0, 0, 0], [5, 6, 0, 0, 7, 0, 0, 0],
+                            [5, 0, 0, 0, 0, 0, 0, 0], [0] * 8]
+    assert segments.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3], [2, 2, 3, 3, 3, 0, 0, 0], [1, 1, 2, 3, 3, 3, 0, 0],
+                                 [1, 2, 3, 0, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4], [0, 1, 0, 1, 2, 0, 0, 0], [0, 1, 2, 2, 3, 4, 0, 0],
+                                  [0, 1, 1, 0, 0, 0, 0, 0], [0] * 8]
+
+
 # ---- Model ------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +275,72 @@ def test_detail_15_constant_is_subtracted_and_cancels_in_pairs(scalar_model):
     assert torch.allclose(after, before - 2.5, atol=1e-6)
     assert torch.allclose(after[0, 8] - after[3, 6], before[0, 8] - before[3, 6], atol=1e-6)
     assert "reward_mean" not in dict(scalar_model.named_parameters())  # not trained
+
+
+SIZES = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=128, initializer_range=0.2, num_labels=1)
+
+
+@pytest.fixture(params=["gpt_neox", "gpt2", "llama"])
+def pair_model(request, tiny_classifier):
+    torch.manual_seed(2)
+    return reward_model.PairModel(
+        tiny_classifier if request.param == "gpt_neox" else tiny_gpt2_scalar_model().classifier
+        if request.param == "gpt2" else LlamaForSequenceClassification(LlamaConfig(**SIZES)).eval())
+
+
+def random_pairs():
+    """Pairs with 4, 3, 9 and no tokens in common, and three where a completion is the other's beginning, or both."""
+    draw = torch.Generator().manual_seed(0)
+    pairs = []
+    for common, *lengths in ((4, 5, 3), (3, 1, 6), (9, 2, 2), (0, 4, 2), (5, 0, 3), (2, 4, 0), (6, 0, 0)):
+        start, *ends = (torch.randint(2, 60, (n,), generator=draw).tolist() for n in (common, *lengths))
+        pairs.append((*(start + end + [EOS] for end in ends), {}))
+    return pairs
+
+
+@torch.no_grad()
+def test_detail_e27_scores_equal_those_of_separate_rows(pair_model):
+    """Each score of a shared row is that of its sequence alone, to 1e-5, whatever its neighbours, Nones among them."""
+    pairs = random_pairs()
+    expected = torch.stack([torch.stack([value_at_end(pair_model, pair[side]) for pair in pairs]) for side in (0, 1)])
+    assert expected[:, :6].flatten().unique().numel() == 12  # the last pair has equal ids
+    scores = pair_model(*reward_model.collate_shared([*pairs, None], "cpu"))
+    alone = torch.cat([pair_model(*reward_model.collate_shared([pair], "cpu")) for pair in pairs], dim=1)
+    for found in (scores[:, :7], alone):
+        assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    pair_model.reward_mean = 2.5
+    assert torch.allclose(pair_model(*reward_model.collate_shared(pairs, "cpu")), expected - 2.5, atol=1e-5)
+
+
+def test_detail_e27_gradient_equals_that_of_separate_rows(pair_model):
+    """The loss of shared rows has the gradient of the one of separate rows, to a relative norm of 1e-5."""
+    pairs, gradients = random_pairs(), []
+    separate = [torch.stack([value_at_end(pair_model, pair[side]) for pair in pairs]) for side in (0, 1)]
+    shared = pair_model(*reward_model.collate_shared([*pairs, None], "cpu"))[:, :7]
+    for chosen, rejected in (shared, separate):
+        loss = reward_model.pair_losses(chosen, rejected).mean()
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*pair_model.parameters()])]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+@torch.no_grad()
+def test_detail_e27_mask_and_positions_by_hand(tiny_classifier):
+    """What a model in bf16 is fed for the row of the docstring and a longer one: its mask, positions, and no PAD."""
+    fed, model = [], reward_model.PairModel(tiny_classifier.bfloat16())
+    tiny_classifier.base_model.register_forward_pre_hook(lambda _, args, inputs: fed.append(inputs), with_kwargs=True)
+    pairs = [([5, 6, 7, 8, 8, 0], [5, 6, 7, 9, 0], {}), ([5] * 8 + [0], [5] * 7 + [0], {})]
+    scores = model(*reward_model.collate_shared(pairs, "cpu"))
+    mask = fed[0]["attention_mask"]
+    assert mask.dtype == torch.bfloat16 and scores.dtype == torch.float32 and mask.shape == (2, 1, 10, 10)
+    assert mask.unique().tolist() == [torch.finfo(torch.bfloat16).min, 0]
+    assert ["".join(".x"[value == 0] for value in row) for row in mask[0, 0].tolist()] == [
+        "x.........", "xx........", "xxx.......",  # a b c
+        "xxxx......", "xxxxx.....", "xxxxxx....",  # y y EOS
+        "xxx...x...", "xxx...xx..",  # z EOS
+        "xxx.....x.", "xxx.....xx"]  # padding, which nothing sees
+    assert fed[0]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 0, 0], [*range(9), 7]]
+    assert fed[0]["input_ids"].tolist() == [[5, 6, 7, 8, 8, 0, 9, 0, 0, 0], [5] * 8 + [0, 0]]
 
 
 # ---- Algorithm --------------------------------------------------------------------------------------------
@@ -526,10 +606,11 @@ def test_saved_folder_stands_alone(files, tmp_path, tokenizer):
     assert after.tolist() == before.tolist()
 
 
+@pytest.mark.parametrize("share_prefix", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [8, 3, 1])
-def test_main_equals_a_plain_torch_loop(micro_batch_size, files, tmp_path, tokenizer):
+def test_main_equals_a_plain_torch_loop(micro_batch_size, share_prefix, files, tmp_path, tokenizer):
     """T12: for any micro-batch size, 4 steps end where AdamW on the mean over pairs ends, row by row without pads."""
-    run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size)
+    run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size, share_prefix=share_prefix)
     model = load(files["model"], tokenizer)
     reward_model.init_head(model.classifier, 1)
     start = flat(model)
@@ -550,6 +631,64 @@ def test_main_equals_a_plain_torch_loop(micro_batch_size, files, tmp_path, token
         assert (row["train/loss"], row["train/grad_norm"]) == pytest.approx((loss.item(), norm), rel=1e-4)
         optimizer.step()
     assert (flat(load(tmp_path / "run", tokenizer)) - flat(model)).norm() < 1e-4 * (flat(model) - start).norm()
+
+
+def lengths_of_shared_rows(monkeypatch):
+    """A list that fills up with the tokens of each row of each call of collate_shared, None for a None."""
+    seen, original = [], reward_model.collate_shared
+
+    def spy(pairs, device):
+        ids, segments, position_ids = original(pairs, device)
+        seen.append([int((row > 0).sum()) if pair else None for pair, row in zip(pairs, segments)])
+        return ids, segments, position_ids
+
+    monkeypatch.setattr(reward_model, "collate_shared", spy)
+    return seen
+
+
+def test_share_prefix_puts_rows_of_like_length_together(files, tmp_path, tokenizer, monkeypatch):
+    """Long prompts with short completions make shorter rows than the reverse, though longer sequences; off: no row."""
+    seen = lengths_of_shared_rows(monkeypatch)
+    rows = [{"prompt": " good" * a, "chosen": " is" * b, "rejected": " no" * b} for a, b in ((9, 1), (2, 7)) * 2]
+    files = {**files, "train_data": write_rows(tmp_path / "train.jsonl", rows)}
+    run(files, tmp_path / "off", epochs=1)
+    assert seen == []
+    run(files, tmp_path / "on", epochs=1, batch_size=4, micro_batch_size=2, share_prefix=True)
+    assert seen == [[13, 13], [18, 18]]  # sequences of 11 and 10
+
+
+def test_share_prefix_leaves_nones_out(files, tmp_path, monkeypatch):
+    """A None in the last micro-batch of each step, as ranks without a pair have it, changes no figure and no weight."""
+    seen, rows, models = lengths_of_shared_rows(monkeypatch), [], []
+    for name in ("without", "with"):
+        if name == "with":
+            monkeypatch.setattr(reward_model, "rows_of_this_rank", lambda rows: [*rows, None])
+        run(files, tmp_path / name, epochs=1, micro_batch_size=3, share_prefix=True)
+        rows += [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()][1:5]
+        models.append(flat(AutoModelForSequenceClassification.from_pretrained(tmp_path / name)))
+    assert sum(None in lengths for lengths in seen) == 4 and (models[0] - models[1]).abs().max() < 1e-5
+    for before, after in zip(rows[:4], rows[4:]):
+        assert "train/loss" in after and after == pytest.approx(before, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["window", "state space"])
+def test_share_prefix_is_refused_where_the_mask_would_fail(case, files, tmp_path, tokenizer, capsys):
+    """Attention shorter than a row may be, and layers that ignore the mask, end in one line; without the flag not."""
+    sizes = dict(vocab_size=1024, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                 intermediate_size=32)
+    config = MistralConfig(**sizes, sliding_window=63) if case == "window" else JambaConfig(
+        **sizes, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_dt_rank=4, num_experts=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = dict(model=str(tmp_path / "model"), epochs=1)
+    with pytest.raises(SystemExit):
+        run({**files, **changes}, tmp_path / "run", share_prefix=True)
+    error = capsys.readouterr().err
+    words = ("--max_length 64", "63") if case == "window" else ("jamba", "mask")
+    assert error.startswith("error: --share_prefix") and error.count("\n") == 1 and all(w in error for w in words)
+    assert not (tmp_path / "run").exists()
+    run({**files, **changes}, tmp_path / "run")
+    assert (tmp_path / "run/summary.json").exists()
 
 
 @torch.no_grad()

@@ -205,6 +205,7 @@ def create_engine(model, optimizer, args):
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.max_grad_norm, engine.grad_norm)
 
         optimizer.register_step_pre_hook(measure_and_clip)
+        engine.enable_backward_allreduce = world_size() > 1  # alone, DeepSpeed would copy all gradients twice
     engine.train()  # from_pretrained leaves models in eval mode, where gradient checkpointing does nothing
     return engine
 

@@ -250,8 +250,9 @@ def check_mask(model, flag, max_length):
     dtype = next(model.parameters()).dtype
     mask = torch.zeros(2, 1, 24, 24, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     try:
-        first, second = model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(24).repeat(2, 1),
-                              use_cache=False).logits[:, 16:].float()
+        first, second = model.base_model(  # not the model: a classifier's logits are those of the last token alone
+            input_ids=ids, attention_mask=mask, position_ids=torch.arange(24).repeat(2, 1),
+            use_cache=False).last_hidden_state[:, 16:].float()
         rounding = 1e-5 if dtype == torch.float32 else 1e-2
         obeys = bool((first - second).abs().max() <= rounding * first.std())
     except (ValueError, RuntimeError):

@@ -1,0 +1,123 @@
+"""The benchmarks measure what they say: workloads, matrix products, memory, and our side of each without its peer.
+
+pytest tests/test_benchmarks.py
+"""
+
+import functools
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from benchmarks import common, ppo_speed
+from utils.data import permutation
+
+make_tokenizer = functools.cache(common.make_tokenizer)
+
+
+@torch.no_grad()
+def probabilities(folder, eos_probability, monkeypatch):
+    """Next-token probabilities after real words (tokens, V), and the tokenizer; 904 of the ids have no token."""
+    monkeypatch.setitem(common.SHAPES, "7m", common.SHAPES["7m"] | dict(vocab_size=5000))
+    tokenizer = make_tokenizer()
+    common.make_model(folder, "7m", tokenizer, eos_probability, temperature=0.7)
+    ids = tokenizer(common.texts_of_lengths([64] * 8, tokenizer), return_tensors="pt").input_ids
+    logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    return (logits / 0.7).softmax(-1).flatten(0, 1), tokenizer
+
+
+@pytest.mark.parametrize("wanted", [0.07, 0.005])
+def test_make_model_ends_responses_with_the_probability_asked_for(wanted, tmp_path, monkeypatch):
+    chances, tokenizer = probabilities(tmp_path, wanted, monkeypatch)
+    assert chances[:, tokenizer.eos_token_id].mean() == pytest.approx(wanted, rel=0.03)
+    assert chances[:, tokenizer.pad_token_id].max() == 0 and chances[:, 4096:].max() == 0
+
+
+def test_make_model_never_ends_at_0(tmp_path, monkeypatch):
+    chances, tokenizer = probabilities(tmp_path, 0.0, monkeypatch)
+    assert chances[:, tokenizer.eos_token_id].max() == 0
+    assert (chances[0] > 0).sum() == 4094  # all tokens but EOS and PAD
+
+
+def test_texts_of_lengths_are_exact():
+    lengths = [1, 2, 50, 128, 3] * 20
+    texts = common.texts_of_lengths(lengths, make_tokenizer())
+    assert [len(make_tokenizer()(text).input_ids) for text in texts] == lengths and len(set(texts)) > 60
+
+
+def test_write_shuffled_undoes_the_first_epochs_order(tmp_path):
+    rows = [{"number": i} for i in range(7)]
+    common.write_shuffled(tmp_path / "rows.jsonl", rows)
+    written = [json.loads(line) for line in open(tmp_path / "rows.jsonl")]
+    assert [written[i] for i in permutation(7, 1, 0)] == rows
+
+
+def test_products_of_a_forward_and_backward_equal_the_formula(tiny_lm):
+    """Three products for each weight matrix (output, and gradients of input and weight), six for attention."""
+    B, T, d, layers, V, mlp = 3, 10, 64, 2, 64, 128
+    ids = torch.randint(0, 60, (B, T))
+    with common.Products() as products:
+        F.cross_entropy(tiny_lm(ids).logits.flatten(0, 1), ids.flatten()).backward()
+    weights = layers * (4 * d * d + 2 * d * mlp) + V * d
+    assert products.flops() == 3 * 2 * B * T * weights + 6 * 2 * layers * B * T * T * d
+    assert 0 < products.seconds() < 10
+
+
+def test_memory_is_the_peak_above_the_level_when_made():
+    memory = common.Memory()
+    torch.ones(64 * 2**20 // 4)  # freed at once
+    assert 63 <= memory.peak() < 80
+    assert common.Memory().peak() < 16  # the next one starts again
+
+
+def test_ppo_speed_parts_of_made_up_stamps():
+    ends = np.array([[1, 2, 4, 5], [7, 10, 14, 15], [18, 19, 25, 27]])
+    assert ppo_speed.parts(ends) == {
+        "rollout": [2, 3], "scoring": [3, 1], "training": [4, 6], "update": [10, 12]}
+
+
+def test_ppo_speed_runs_its_own_side(tmp_path):
+    workload = ppo_speed.WORKLOADS["tiny"]
+    ppo_speed.make_workload(tmp_path, workload)
+    run = common.child("ppo_speed", sys.executable, "ppo.py", tmp_path, workload=workload, updates=2, products=True)
+    seconds = [run[part][0] for part in ("rollout", "scoring", "training")]
+    assert min(seconds) > 0 and sum(seconds) <= run["update"][0] and run["memory"] > 0
+    # two models of 4.7M weights in layers, 8 rows of at most 24 tokens and at least 9, 4 epochs, 3 products a weight
+    layers = 6 * 12 * 256**2
+    assert 8 * 9 < run["flops"] / (2 * layers * 4 * 3 * 2) < 8 * 24 * 1.3  # 1.3: heads and attention
+    assert 1 <= np.mean(run["length"]) <= 8
+    rollouts = ppo_speed.run_rollouts(tmp_path, workload, 1)
+    assert all(len(rollouts[name]) == 1 for name in ("ours", "generate", "static", "prefill"))
+
+
+@torch.no_grad()
+def loss_of_ids(name, folder, rows):
+    """Loss of these rows of the file for TRL, by transformers' own classes, one sequence at a time."""
+    if name == "sft_speed":
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        logprobs = [model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+                    for (ids,) in rows]
+        return -torch.cat(logprobs).mean()
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    scores = torch.tensor([[model(torch.tensor([ids])).logits.item() for ids in row[:2]] for row in rows])
+    return -F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
+
+
+@pytest.mark.parametrize("name, script, copies", [
+    ("sft_speed", "sft.py", 1), ("reward_model_speed", "reward_model.py", 2)])
+def test_own_side_trains_on_the_batches_that_the_peer_gets(name, script, copies, tmp_path):
+    module = importlib.import_module(f"benchmarks.{name}")
+    workload = common.STEP_WORKLOADS["tiny"] | dict(batches=3)
+    module.make_workload(tmp_path, workload)
+    run = module.run_side(script, tmp_path, workload, products=True)
+    rows = [list(json.loads(line).values()) for line in open(tmp_path / "ids.jsonl")]
+    expected = [loss_of_ids(name, tmp_path, rows[start : start + 8]).item() for start in (0, 8, 16)]
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert run["step"] > 0 and run["memory"] > 0 and run["products"] > 0
+    tokens = 8 * copies * 25  # longest rows; one counted step, with its 3 products a weight
+    assert 0.4 * tokens < run["flops"] / (2 * 3 * 6 * 12 * 256**2) < 1.4 * tokens
