@@ -16,8 +16,9 @@ Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metr
          summary.json, TensorBoard, checkpoints
 Result:  README.md (embedded task); not yet measured at the paper's scale
 
-Shapes:  B episodes of this rank, Tq query tokens (left-padded), Tr response tokens (right-padded),
-         T = Tq + Tr, V vocabulary. Response token t was sampled in the state before it, whose value is V_t.
+Shapes:  B episodes of this rank, Tr response tokens (right-padded), Tq query tokens (left-padded, while sampling),
+         T tokens of the longest query and response in a micro-batch of b rows (left-padded), V vocabulary.
+         Response token t was sampled in the state before it, whose value is V_t.
 """
 
 import time
@@ -628,13 +629,14 @@ def main(args: Args):
             for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
                 ids, mb_mask, tr, shift = right_aligned(
                     rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
-                ref_logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
                 mb_values = state_values(engines["critic"], ids, mb_mask, tr, shift, args.response_length)
-                logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
-                ref_logprobs[rows, :tr] = left_aligned(token_logprobs(ref_logits, ids[:, -tr:]), shift)
-                entropies[rows, :tr] = left_aligned(token_entropies(logits), shift)
                 values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
+                logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
+                ref_logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
+                logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
+                logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
+                entropies[rows, :tr] = left_aligned(token_entropies(logits), shift)
+                del logits  # (b, tr, V): of all that is made here the largest
         logprobs, ref_logprobs = logprobs * mask, ref_logprobs * mask  # [detail 30] [E15]
         values = values * value_mask  # [detail 31]
         clock.append(time.time())
@@ -665,6 +667,7 @@ def main(args: Args):
                         rows, sequences, response_lengths, tokenizer.pad_token_id, device)
                     logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
                     new_logprobs = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)  # (b, tr)
+                    del logits
                     token_mask = mask[rows, :tr]
                     pg_losses, pg_clipped = policy_losses(
                         new_logprobs, logprobs[rows, :tr], advantages[rows, :tr], args.cliprange)
@@ -686,7 +689,7 @@ def main(args: Args):
                              "and update disagree: dropout, temperature, padding or the model's forward")
                 grad_norms[0] += optimizer_step(engines["policy"], lr)
 
-                for rows in minibatch:  # only now, so that never both models' gradients are in memory
+                for rows in minibatch:  # only now, as the policy's gradients are gone
                     ids, mb_mask, tr, shift = right_aligned(
                         rows, sequences, response_lengths, tokenizer.pad_token_id, device)
                     new_values = state_values(engines["critic"], ids, mb_mask, tr, shift, args.response_length)

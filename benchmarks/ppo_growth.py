@@ -3,7 +3,8 @@
 Batch: 32 prompt and 32 response tokens, batches of 16, 64 and 256 episodes, micro-batches of 8: scoring and training
 should take the same time per counted token. Length: 16 episodes of 32 to 512 tokens, half of them response: the time
 per token should be the same once attention's, which grows with the square, is taken out. One epoch, random weights of
-7M parameters, fp32, one thread; the first update of a run is not counted; the sizes alternate.
+7M parameters, fp32, one thread; the first update of a run is not counted; the sizes alternate. Training has one AdamW
+step an update, whatever the batch.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def main(args):
             make_workload(folder, workload(*size))
         for _ in range(args.repeats):
             for size, folder in folders.items():
-                runs[size].append(child("ppo_growth", sys.executable, "ppo.py", folder, workload=workload(*size)))
+                run, listed = (child("ppo_growth", sys.executable, "ppo.py", folder, workload=workload(*size),
+                                     products=products) for products in (False, True))  # listing takes time itself
+                runs[size].append(run | {"attention": listed["attention"]})
     rows = []
     for size in sizes:
         tokens = size[0] * size[1]
@@ -50,7 +53,7 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        result = run_ours(Path(args.folder), [], updates=2, products=True, **json.loads(args.settings))
+        result = run_ours(Path(args.folder), [], updates=2, **json.loads(args.settings))
         Path(args.folder, "result.json").write_text(json.dumps(result))
     else:
         main(args)

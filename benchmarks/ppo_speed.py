@@ -6,13 +6,15 @@ Both train the same models with random weights on the same prompts, with the sam
 number of optimizer steps, with learning rate 0, so that nothing drifts. TRL recomputes no activations here. The sides
 alternate; each run is a process of its own, its first update is not counted. An update is cut where the last response
 is decoded (rollout) and where the last advantage is whitened (scoring). Memory is the peak above the level after
-loading. Then: the training part beside its own matrix products alone, and the rollout beside transformers' generate.
+loading; TRL decodes and scores --rollout_batch_size rows at a time, ppo.py decodes so many and scores a micro-batch.
+Then: the training part beside its own matrix products alone, and the rollout beside transformers' generate.
 
 --workload flat, mixed: 7M parameters, fp32, one CPU thread. The others are for one GPU, in bf16, beside `tiny`, which
 tries the program. --sides "ppo.py --bf16" ... compares flags of ppo.py instead (see --help).
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -206,25 +208,26 @@ def run_rollouts(folder, workload, repeats):
 
     ways = {"ours": lambda repeat: ours(repeat, length), "prefill": lambda repeat: ours(repeat, 1),
             "generate": lambda repeat: generate(), "static": lambda repeat: generate(cache_implementation="static")}
-    seconds = {name: [] for name in ways}
+    seconds, all_drawn = {name: [] for name in ways}, []
+    read, order = 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
     for repeat in range(repeats + 1):
         for name, way in ways.items():
             start = now()
-            way(repeat)
+            result = way(repeat)
             seconds[name].append(now() - start)
-    _, lengths, _ = ours(1, length)
+            if name == "ours":
+                all_drawn.append(result[1].tolist())
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - (
         0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes)  # of that, a row is looked up
     token = 2 * config.num_hidden_layers * model.dtype.itemsize * config.hidden_size * getattr(
         config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
-    read, order = 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
-    for rows in ppo.chunks(order, size):
-        sizes = [(len(prompts[i][0]), int(lengths[i])) for i in rows]
+    for lengths, rows in itertools.product(all_drawn, ppo.chunks(order, size)):
+        sizes = [(len(prompts[i][0]), lengths[i]) for i in rows]
         for t in range(1, max(response for _, response in sizes)):
             read += weights + token * sum(prompt + t for prompt, response in sizes if response > t)
     return {name: values[1:] for name, values in seconds.items()} | {
-        "static_first": seconds["static"][0], "floor": read / memory_bandwidth(device)}
+        "static_first": seconds["static"][0], "floor": read / len(all_drawn) / memory_bandwidth(device)}
 
 
 def memory_bandwidth(device):
@@ -243,6 +246,8 @@ def memory_bandwidth(device):
 
 def main(args):
     workload = WORKLOADS[args.workload]
+    if args.rollout_batch_size:
+        workload = workload | {"rollout_batch_size": args.rollout_batch_size}
     sides = args.sides or ["ppo.py", "TRL"]
     with tempfile.TemporaryDirectory() as folder:
         make_workload(Path(folder), workload)
@@ -292,6 +297,7 @@ if __name__ == "__main__":
     parser.add_argument("--workload", choices=WORKLOADS, default="mixed")
     parser.add_argument("--trl_python", default=sys.executable, help="python of an environment with trl 1.12.0")
     parser.add_argument("--sides", nargs="+", help='compare these in place of TRL: "ppo.py" "ppo.py --bf16"')
+    parser.add_argument("--rollout_batch_size", type=int, help="another one than the workload's")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--updates", type=int, default=2, help="updates of a run; the first is not counted")
     for name in ("side", "folder", "settings"):

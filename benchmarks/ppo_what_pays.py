@@ -19,7 +19,8 @@ UNDONE = {  # name: [(text of ppo.py, what stands there without the optimisation
     "logits of the prompts too": [("logits_to_keep=response_width + 1).logits[:, :-1]",
                                    "logits_to_keep=0).logits[:, -response_width - 1 : -1]")],
     "micro-batches of any lengths": [("rows.sort(key=lambda i: -len(sequences[i]))", "pass")],
-    "micro-batches shortest first": [("-len(sequences[i])", "len(sequences[i])")],
+    "micro-batches shortest first": [
+        ("rows.sort(key=lambda i: -len(sequences[i]))", "rows.sort(key=lambda i: len(sequences[i]))")],
     "queries and responses padded apart": [(
         '''    tr = max(lengths[i] for i in rows)
 ''', '''    tr = max(lengths[i] for i in rows)

@@ -6,7 +6,7 @@ trl==1.16.0), which reward_model.py does not need.
 Both train the same classifier with random weights, head included, on the same token ids, the same pairs in every
 optimizer step, with the same micro-batches, weight decay and clipping, and learning rate 0, so that nothing drifts. TRL
 recomputes no activations here. Two more sides take its samplers for mixed lengths, by the longer sequence of a pair:
-"by length" puts like lengths into one batch, here of every two batches (of up to 50 in a long run); "balanced" puts
+"by length" puts like lengths into one batch, here of one batch (of up to 50 in a long run); "balanced" puts
 like lengths of one batch into one micro-batch, in micro-batches of unequal size, which its loss then weighs alike. Both
 see the same pairs in another order. "--share_prefix" puts the two completions of a pair into one row with their prompt:
 the same losses up to rounding. The sides alternate; each run is a process of its own. Compared are seconds per optimizer

@@ -5,7 +5,7 @@ PATH is the python of an environment with trl 1.16.0 (pip install trl==1.16.0), 
 Both train the same model with random weights on the same token ids, prompt tokens counted, the same rows in every
 optimizer step, with the same micro-batches, weight decay and clipping, and learning rate 0, so that nothing drifts. TRL
 recomputes no activations here; its loss is its own, which never holds all logits. Two more sides take its samplers for
-mixed lengths: "by length" puts like lengths into one batch, here of every two batches (of up to 50 in a long run);
+mixed lengths: "by length" puts like lengths into one batch, here of one batch (of up to 50 in a long run);
 "balanced" puts like lengths of one batch into one micro-batch, in micro-batches of unequal size. Both see the same rows
 in another order. The sides alternate; each run is a process of its own. Compared are seconds per optimizer step, all
 that happens in it counted, the first two steps left out, and peak memory above the level after loading. First: the

@@ -105,7 +105,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "E18": ("utils/launch.py", '"gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,',
             '"gradient_clipping": 1.0,'),
     "E19": ("utils/run.py", "if all(_sha256(checkpoint / name) == value for name, value in sums.items()):", "if True:"),
-    "E20": ("ppo.py", "max(response_lengths[i] for i in rows)", "min(response_lengths[i] for i in rows)"),
+    "E20": ("ppo.py", "tr = max(lengths[i] for i in rows)", "tr = min(lengths[i] for i in rows)"),
     "E21": ("sft.py", "same = (segments[:, :, None] == segments[:, None, :]).tril()",
             "same = (segments[:, :, None] >= segments[:, None, :]).tril()"),
     "E22": ("ppo.py", "+ [retokenizer.eos_token_id] * end for", "+ [retokenizer.eos_token_id] for"),

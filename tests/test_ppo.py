@@ -300,6 +300,20 @@ def test_detail_23_score_without_eos_is_replaced(scored):
     assert torch.equal(replaced[[0, 2]], kept[[0, 2]])
 
 
+def test_scores_are_read_in_micro_batches_of_like_length(scored):
+    """The reward model reads the longest rows first, micro_batch_size at a time, each batch as wide as its longest row."""
+    shapes, model = [], scored.model
+    scored.model = lambda ids, mask: shapes.append(tuple(ids.shape)) or model(ids, mask)
+    score(scored, None)
+    assert shapes == [(2, 8), (1, 4)]  # rows of 8, 5 and 4 tokens
+
+
+def test_left_aligned_repeats_the_last_value():
+    """A row moves left by its shift; what a shorter response leaves free is its last value, never a prompt's or PAD's."""
+    values = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
+    assert ppo.left_aligned(values, torch.tensor([0, 1, 3])).tolist() == [[0, 1, 2, 3], [5, 6, 7, 7], [11, 11, 11, 11]]
+
+
 def test_right_aligned_rows_have_no_needless_padding_and_the_same_logits(tiny_lm):
     """A micro-batch is as wide as its longest row; left_aligned brings its responses' log-probabilities and values to the
     columns where they stand alone (T36)."""
@@ -558,6 +572,14 @@ def test_each_epoch_sees_every_episode_once(spied):
         assert first != second
 
 
+def test_micro_batches_hold_rows_of_like_length_the_longest_first(spied):
+    """Query and response together never get longer from one row to the next, in an epoch and in an evaluation (E20)."""
+    epochs = [u.cuts[start : start + 4] for u in spied.updates for start in (0, 4)]
+    for cuts in [spied.calls["right_aligned"][:2], *epochs]:
+        lengths = [len(cut.args[1][i]) for cut in cuts for i in cut.args[0]]
+        assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+
+
 def test_detail_26_evaluation_noise_and_training_noise(spied):
     """Held-out prompts get the same noise at every evaluation, and each training episode its own address (E11)."""
     addresses = [(*call.args[:2], list(call.args[2])) for call in spied.calls["sampling_noise"]]
@@ -683,6 +705,23 @@ def test_frozen_policy_keeps_ratio_1(assets, tmp_path):
     samples = [{**row, "step": 0, "gold": 0} for row in rows_of(tmp_path / "run/samples.jsonl")]
     assert len(samples) == 16 and samples[:8] == samples[8:]
     assert weights(tmp_path / "run/critic") == weights(ROOT / assets["reward_model"])
+
+
+def test_one_model_at_a_time_has_gradients(assets, tmp_path, monkeypatch):
+    """Before a step of the policy the critic holds no gradient, and the reverse; sums that are logged keep no graph."""
+    engines, held, summed = [], [], []
+
+    def step(engine, lr):
+        held.append([any(param.grad is not None for param in each.module.parameters()) for each in engines])
+        return optimizer_step(engine, lr)
+
+    all_sum = ppo.all_sum
+    monkeypatch.setattr(ppo, "create_engine", lambda *args: engines.append(create_engine(*args)) or engines[-1])
+    monkeypatch.setattr(ppo, "optimizer_step", step)
+    monkeypatch.setattr(ppo, "all_sum", lambda tensor: summed.append(tensor.requires_grad) or all_sum(tensor))
+    run(assets, tmp_path / "run")
+    assert held == [[True, False], [False, True]] * 2
+    assert len(summed) > 5 and not any(summed)
 
 
 def test_detail_E14_disagreement_of_rollout_and_update_stops_the_run(assets, tmp_path, monkeypatch, capsys):
