@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from benchmarks import common, ppo_speed
+from benchmarks import common, ppo_speed, ppo_what_pays
 from utils.data import permutation
 
 make_tokenizer = functools.cache(common.make_tokenizer)
@@ -79,6 +80,17 @@ def test_ppo_speed_parts_of_made_up_stamps():
     ends = np.array([[1, 2, 4, 5], [7, 10, 14, 15], [18, 19, 25, 27]])
     assert ppo_speed.parts(ends) == {
         "rollout": [2, 3], "scoring": [3, 1], "training": [4, 6], "update": [10, 12]}
+
+
+def test_every_optimisation_can_be_undone():
+    """Each text that ppo_what_pays.py replaces stands once in ppo.py, and what comes out is a program."""
+    source = Path("ppo.py").read_text()
+    for name, changes in ppo_what_pays.UNDONE.items():
+        text = source
+        for old, new in changes:
+            assert text.count(old) == 1, name
+            text = text.replace(old, new)
+        compile(text, name, "exec")
 
 
 def test_ppo_speed_runs_its_own_side(tmp_path):

@@ -42,8 +42,7 @@ def test_zero_divides_what_it_should():
         assert whole[name].weights.numel() == two[name].weights.numel() == total
         assert three[name].weights.numel() == three[name].gradients.numel() == -(-total // 2)
         for engine, elements in ((whole[name], total), (two[name], -(-total // 2)), (three[name], -(-total // 2))):
-            states = engine.optimizers[0].state.values()
-            assert sum(state[key].numel() for state in states for key in ("exp_avg", "exp_avg_sq")) == 2 * elements
+            assert sum(moment.numel() for pair in engine.optimizers[0].moments for moment in pair) == 2 * elements
 
 
 @pytest.mark.parametrize("padded", (False, True))
