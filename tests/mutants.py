@@ -116,6 +116,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "E26": ("evaluate.py", ".logits[:, :-1].float() / args.temperature", ".logits[:, :-1].float()"),
     "E27": ("reward_model.py", "(segments[:, :, None] == segments[:, None, :])",
             "(segments[:, :, None] >= segments[:, None, :])"),
+    "E28": ("ppo.py", "rank() if turn % 2 == 0 else world_size() - 1 - rank()", "rank()"),
     "W1": ("dpo.py", "load_causal_lm(ref_path, ref_flag,", 'load_causal_lm(args.model, "--model",'),
     "W2": ("dpo.py", "return (logprobs * masks).sum(-1), masks.sum(-1)",
            "return (logprobs * masks).sum(-1) / masks.sum(-1).clamp(min=1), masks.sum(-1)"),

@@ -572,6 +572,24 @@ def test_each_epoch_sees_every_episode_once(spied):
         assert first != second
 
 
+@pytest.mark.parametrize("world, rows, size", [(1, 7, 2), (2, 32, 8), (2, 12, 8), (4, 48, 4), (8, 64, 3), (8, 64, 4)])
+def test_detail_e28_ranks_share_a_batch_evenly_and_by_length(monkeypatch, world, rows, size):
+    """Every row is on one rank, as many on each, in order; micro-batches are as narrow as the whole batch's, and for
+    lengths that fall evenly all ranks have the same work."""
+    lengths = (torch.randperm(rows, generator=torch.Generator().manual_seed(0)) + 10).tolist()
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    hands = []
+    for r in range(world):
+        monkeypatch.setenv("RANK", str(r))
+        hands.append(ppo.deal_by_length(lengths, size))
+    assert sorted(sum(hands, [])) == list(range(rows)) and all(hand == sorted(hand) for hand in hands)
+    assert {len(hand) for hand in hands} == {rows // world}
+    if rows // world % (2 * size) == 0:
+        widths = [sorted((lengths[i] for i in hand), reverse=True)[::size] for hand in hands]
+        assert sorted(sum(widths, []), reverse=True) == sorted(lengths, reverse=True)[::size]
+        assert len({sum(hand) for hand in widths}) == 1
+
+
 def test_micro_batches_hold_rows_of_like_length_the_longest_first(spied):
     """Query and response together never get longer from one row to the next, in an epoch and in an evaluation (E20)."""
     epochs = [u.cuts[start : start + 4] for u in spied.updates for start in (0, 4)]
