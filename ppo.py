@@ -157,21 +157,6 @@ def prompts_of_episodes(episodes, num_prompts, seed):
     return [orders[n // num_prompts][n % num_prompts] for n in episodes]
 
 
-def deal_by_length(lengths, micro_batch_size):
-    """Which rows of a batch are this rank's: micro-batches of like lengths, as many on every rank [E28].
-
-    Ranks take turns to take a micro-batch from the longest rows left, 0 to last and then last to 0, so that all have
-    about the same work. The paper's ranks each read their own part of the data, and wait for the slowest.
-    """
-    by_length, mine = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    share = len(lengths) // world_size()
-    for turn, start in enumerate(range(0, share, micro_batch_size)):
-        size = min(micro_batch_size, share - start)
-        place = rank() if turn % 2 == 0 else world_size() - 1 - rank()
-        mine += by_length[start * world_size() + place * size :][:size]
-    return sorted(mine)
-
-
 def sampling_noise(seed, update, episodes, length):
     """Uniforms u[i, t] in [0, 1) that depend on (seed, update, episode, t) alone [E11]: (B, length) float64.
 
@@ -487,6 +472,21 @@ def score_responses(reward_model, reward_function, sequences, ended, texts, args
     return torch.where(ended, scores, args.missing_eos_score)
 
 
+def deal_by_length(lengths, micro_batch_size):
+    """Which rows of a batch this rank trains on: micro-batches of like lengths, as many on every rank [E28].
+
+    Ranks take turns to take a micro-batch from the longest rows left, 0 to last and then last to 0, so that all have
+    about the same work. The paper's ranks keep what they sampled, and wait for the one that has the longest rows.
+    """
+    by_length, mine = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    share = len(lengths) // world_size()
+    for turn, start in enumerate(range(0, share, micro_batch_size)):
+        size = min(micro_batch_size, share - start)
+        place = rank() if turn % 2 == 0 else world_size() - 1 - rank()
+        mine += by_length[start * world_size() + place * size :][:size]
+    return sorted(mine)
+
+
 def join(queries, responses, lengths):
     """Ids of each query and its response (B, Tr) as far as it counts, in lists, and the responses' lengths in one."""
     lengths = lengths.tolist()
@@ -612,15 +612,19 @@ def main(args: Args):
         lr, critic_lr = args.lr * fraction_left, args.critic_lr * fraction_left
 
         # 3. rollout: this rank's episodes of the update
-        episodes = range((update - 1) * args.batch_size, update * args.batch_size)
+        first = (update - 1) * args.batch_size
+        episodes = range(first + rank(), first + args.batch_size, world_size())
         batch_prompts = [prompts[i] for i in prompts_of_episodes(episodes, len(prompts), args.seed)]
-        mine = deal_by_length([len(ids) for ids, _ in batch_prompts], args.micro_batch_size)
-        episodes, batch_prompts = [episodes[i] for i in mine], [batch_prompts[i] for i in mine]
         noise = sampling_noise(args.seed, update, episodes, args.response_length)
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
         responses, lengths, ended = rollout(
             decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
         engines["policy"].train()
+        of_all_ranks = gather_rows(zip(batch_prompts, responses.tolist(), lengths.tolist()))
+        mine = deal_by_length([len(ids) + length for (ids, _), _, length in of_all_ranks], args.micro_batch_size)
+        batch_prompts, responses, _ = zip(*(of_all_ranks[i] for i in mine))
+        responses, lengths, ended = truncate_at_eos(
+            torch.tensor(responses, device=device), eos_ids, tokenizer.pad_token_id)
         mask, value_mask = response_masks(lengths, args.response_length)  # (B, Tr) bool, True = counts
         query_ids, query_texts = zip(*batch_prompts)
         texts = query_texts, decode_responses(tokenizer, query_ids, responses)
