@@ -43,8 +43,8 @@ from utils.launch import init_distributed, note_small_lr, optimizer_step, print0
 from utils.launch import rollout_weights, world_size
 from utils.models import check_length, check_mask, count_parameters, decode_responses, eos_token_ids, fingerprint
 from utils.models import load_causal_lm, load_tokenizer, save_model
-from utils.run import Tracker, cached_array, choose_folder, load_checkpoint, make_folder, model_card, open_folder
-from utils.run import save_checkpoint, stop_if_not_finite
+from utils.run import Tracker, cached_array, choose_folder, interrupted, leave_interrupted, load_checkpoint
+from utils.run import make_folder, model_card, open_folder, save_checkpoint, stop_if_not_finite
 
 
 @dataclass
@@ -54,6 +54,8 @@ class Args:
     """the policy starts here: Hugging Face folder or Hub id"""
     ref_model: str | None = None
     """frozen reference; None: --model itself. Paper: the SFT model in every iteration (W1)"""
+    allow_pickle: bool = False
+    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
     train_data: str = "assets/data/preferences_train.jsonl"
     """preferences: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, chosen, rejected}. Where the
     sampler cut a response, chosen_finished or rejected_finished is false: no EOS is added (W3)"""
@@ -514,8 +516,11 @@ def main(args: Args):
                          margin=(chosen - rejected, ".3f"), lr=(lr, ".2e"), tokens_per_s=(rate, ",.0f"))
         if step % args.eval_every == 0 or step == total_steps:
             after, samples = evaluate(step)
-        if step % args.save_every == 0 and step < total_steps:
+        stop = interrupted(device)  # by SIGTERM
+        if (stop or step % args.save_every == 0) and step < total_steps:
             save_checkpoint(folder, step, {"model": engine}, state)
+            if stop:
+                leave_interrupted(folder, step)
 
     # 5. save, show continuations before and after
     save_model(engine, model, tokenizer, folder)

@@ -74,6 +74,8 @@ class Args:
     """take the likeliest token instead of sampling; there is no KL then"""
     ref_model: str | None = "assets/sft"
     """the KL is that to this model; None: no KL. Its tokenizer measures lengths, or else the first model's"""
+    allow_pickle: bool = False
+    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
 
     # judges
     judges: tuple[str, ...] = ("assets/reward_model", "assets.vader:compound")

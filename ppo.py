@@ -35,8 +35,8 @@ from utils.launch import finish, gather_rows, init_distributed, note_small_lr, o
 from utils.launch import print_memory_plan, rank, rollout_weights, world_size
 from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
 from utils.models import load_classifier, load_tokenizer, save_model
-from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
-from utils.run import stop_if_not_finite
+from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card, open_folder
+from utils.run import save_checkpoint, stop_if_not_finite
 
 
 @dataclass
@@ -48,6 +48,8 @@ class Args:
     """scores responses, and the critic starts from it (detail 22): folder or Hub id"""
     retokenize: bool = False
     """for a reward model with another tokenizer: it reads decoded texts, and the critic starts from the SFT model"""
+    allow_pickle: bool = False
+    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
     reward_function: str | None = None
     """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
     gold_function: str | None = "assets.vader:positive"
@@ -300,7 +302,8 @@ def forbidden_tokens(tokenizer, vocabulary_size):
 def inverse_cdf(logits, uniforms):
     """The token at which the cumulative probability first exceeds u. logits (B, V), uniforms (B,) -> (B,)."""
     cdf = logits.double().softmax(-1).cumsum(-1)  # (B, V)
-    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+    return tokens.clamp(max=cdf.shape[1] - 1)  # beyond the last one with NaN, which scoring will report
 
 
 def keep_top_p(logits, top_p):
@@ -669,13 +672,13 @@ def main(args: Args):
         advantages, returns = gae(rewards, values, args.gamma, args.lam)  # [detail 36] returns before whitening
         advantages = masked_whiten(advantages, mask)  # [detail 25] [detail 37]
         saved_on_failure = {"queries": query_ids, "responses": responses}
-        stop_if_not_finite({"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values},
+        stop_if_not_finite({"scores": scores, "values": values, "ref_logprobs": ref_logprobs, "logprobs": logprobs},
                            saved_on_failure, folder, update)
 
         # 7. update: epochs x minibatches optimizer steps
         token_sums, state_sums = torch.zeros(5, device=device), torch.zeros(2, device=device)  # over all that count
         counted, grad_norms = torch.zeros(2, device=device), torch.zeros(2, device=device)  # of tokens and states
-        ratio_max = torch.zeros((), device=device)
+        ratio_max, trained = torch.zeros((), device=device), {}  # losses and gradient norms of each step, in order
         for epoch in range(args.num_ppo_epochs):
             for m, minibatch in enumerate(plan[epoch]):
                 members = [i for rows in minibatch for i in rows]
@@ -707,7 +710,9 @@ def main(args: Args):
                     elif not drift <= 1e-4:
                         fail(f"update {update}: log-probabilities moved by {drift:.1e} before any training. Scoring "
                              "and update disagree: dropout, temperature, padding or the model's forward")
-                grad_norms[0] += optimizer_step(engines["policy"], lr)
+                norm, where = optimizer_step(engines["policy"], lr), f"of epoch {epoch + 1}, minibatch {m + 1}"
+                grad_norms[0] += norm
+                trained |= {f"policy loss {where}": token_sums[0].clone(), f"policy gradient norm {where}": norm}
 
                 for rows in minibatch:  # only now, as the policy's gradients are gone
                     ids, mb_mask, tr, shift = right_aligned(
@@ -719,7 +724,9 @@ def main(args: Args):
                     vf_loss = (vf_losses * value_mask[rows, :tv]).sum()
                     engines["critic"].backward(args.vf_coef * vf_loss / counts[1] * world_size())  # [detail 39]
                     state_sums += torch.stack([vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()]).detach()
-                grad_norms[1] += optimizer_step(engines["critic"], critic_lr)
+                norm = optimizer_step(engines["critic"], critic_lr)
+                grad_norms[1] += norm
+                trained |= {f"value loss {where}": state_sums[0].clone(), f"critic gradient norm {where}": norm}
         clock.append(time.time())
 
         # 8. log: masked means over counted tokens or over episodes, on all ranks [E8]
@@ -747,7 +754,7 @@ def main(args: Args):
             "lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
         if gold_function:
             metrics["objective/gold"] = gold
-        stop_if_not_finite(metrics, saved_on_failure, folder, update)
+        stop_if_not_finite(trained | metrics, saved_on_failure, folder, update)
         seconds = dict(zip(("generate", "score", "train"), np.diff(clock)))
         tracker.log(update, metrics | {f"time/{name}_seconds": value for name, value in seconds.items()} | {
             "time/generate_tokens_per_second": length * args.batch_size / seconds["generate"]})
@@ -763,8 +770,11 @@ def main(args: Args):
             if after["eval/rlhf_reward"] > state["best"]:
                 state["best"] = after["eval/rlhf_reward"]
                 save_model(engines["policy"], policy, tokenizer, folder / "best")
-        if update % args.save_every == 0 and update < args.num_updates:
+        stop = interrupted(device)  # by SIGTERM
+        if (stop or update % args.save_every == 0) and update < args.num_updates:
             save_checkpoint(folder, update, engines, state)
+            if stop:
+                leave_interrupted(folder, update)
 
     # 10. save, show samples before and after
     save_model(engines["policy"], policy, tokenizer, folder)

@@ -34,8 +34,8 @@ from utils.formats import CNNDM_BATCHES
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
 from utils.models import check_length, check_mask, count_parameters, load_classifier, load_tokenizer, save_model
-from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
-from utils.run import stop_if_not_finite
+from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card, open_folder
+from utils.run import save_checkpoint, stop_if_not_finite
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Args:
     # models and data
     model: str = "assets/sft"
     """SFT model to start from: Hugging Face folder or Hub id. Paper: the SFT model of the same size"""
+    allow_pickle: bool = False
+    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
     train_data: str = "assets/data/preferences_train.jsonl"
     """preferences: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, chosen, rejected}"""
     eval_data: tuple[str, ...] = (
@@ -307,6 +309,8 @@ def evaluate(engine, pairs, tokenizer, args):
     chosen, rejected, rows = zip(*pairs)
     prompts = [row["prompt"] for row in rows]
     chosen_scores, rejected_scores = score(chosen), score(rejected)
+    if not np.isfinite(chosen_scores + rejected_scores).all():
+        fail("a held-out score is not finite: the weights have gone wrong. Start anew with a lower learning rate")
     correct = accuracy(chosen_scores, rejected_scores)
     distinct = sorted(set(prompts))
     other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never a pair's own prompt, unless there is only one
@@ -442,8 +446,11 @@ def main(args: Args):
                          lr=(lr, ".2e"), tokens_per_s=(rate, ",.0f"))
         if step % args.eval_every == 0 or step == total_steps:
             after, calibrations = evaluate_all(step)
-        if step % args.save_every == 0 and step < total_steps:
+        stop = interrupted(device)  # by SIGTERM
+        if (stop or step % args.save_every == 0) and step < total_steps:
             save_checkpoint(folder, step, {"model": engine}, {"before": state["before"]})
+            if stop:
+                leave_interrupted(folder, step)
 
     # 5. normalise: the demonstrations average 0 from now on [detail 15]
     scores = np.array(score_sequences(engine, demonstrations, tokenizer.pad_token_id, 2 * args.micro_batch_size))

@@ -30,8 +30,8 @@ from utils.launch import all_sum, check_batch_size, check_flags, create_engine, 
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights, world_size
 from utils.models import check_length, check_mask, count_parameters, decode_responses, eos_token_ids
 from utils.models import load_causal_lm, load_tokenizer, save_model
-from utils.run import Tracker, choose_folder, load_checkpoint, model_card, open_folder, save_checkpoint
-from utils.run import stop_if_not_finite
+from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card, open_folder
+from utils.run import save_checkpoint, stop_if_not_finite
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Args:
     # models and data
     model: str = "assets/base"
     """language model to start from: Hugging Face folder or Hub id. Paper: EleutherAI/pythia-{1b,2.8b,6.9b}-deduped"""
+    allow_pickle: bool = False
+    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
     train_data: str = "assets/data/train.jsonl"
     """demonstrations: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, completion} or {text}"""
     eval_data: str = "assets/data/validation.jsonl"
@@ -360,8 +362,11 @@ def main(args: Args):
             tracker.line(step, total_steps, loss=(float(loss), ".4f"), lr=(lr, ".2e"), tokens_per_s=(rate, ",.0f"))
         if step % args.eval_every == 0 or step == total_steps:
             after = evaluate(step)
-        if step % args.save_every == 0 and step < total_steps:
+        stop = interrupted(device)  # by SIGTERM
+        if (stop or step % args.save_every == 0) and step < total_steps:
             save_checkpoint(folder, step, {"model": engine}, {"before": state["before"]})
+            if stop:
+                leave_interrupted(folder, step)
 
     # 5. save
     save_model(engine, model, tokenizer, folder)

@@ -167,6 +167,18 @@ def test_pickled_weights_are_not_loaded(script, flag, inputs, tmp_path, refused)
     torch.save(GPTNeoXForCausalLM(tiny_config(vocab_size=1024)).state_dict(), folder / "pytorch_model.bin")
     message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
     assert f"--{flag} {folder}" in message and "Pickled" in message and "convert them to safetensors" in message
+    assert "--allow_pickle" in message
+
+
+def test_pickled_weights_are_loaded_where_the_flag_allows_it(inputs, tmp_path, refused):
+    """--allow_pickle: the run is that of the same weights in safetensors, and saves safetensors; the next run refuses again."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for name, model, allow in (("a", folder, True), ("b", inputs / "lm", False)):
+        sft.main(good_args(sft, inputs, model=str(model), output_dir=str(tmp_path / name), allow_pickle=allow))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    refused(sft, good_args(sft, inputs, model=str(folder), output_dir=str(tmp_path / "c")))
 
 
 @pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -912,17 +913,17 @@ def test_models_whose_prompts_would_differ_are_refused(change, words, folder, tm
     assert run(folder, tmp_path / "fine", ref_model=str(copy))["models"]["one"]["kl"] > 0
 
 
-def test_a_reward_model_that_returns_nan_is_named(folder, tmp_path, capsys):
-    """No win rate comes of it: the first such text is named."""
+def test_a_reward_model_that_overflows_is_named(folder, tmp_path, capsys):
+    """No win rate comes of infinite scores: the first such text is named."""
     from safetensors.torch import load_file, save_file
 
     copy = shutil.copytree(folder / "rm", tmp_path / "broken")
     weights = load_file(copy / "model.safetensors")
-    weights["score.weight"][:] = NAN
+    weights["score.weight"] = 3e38 * weights["score.weight"].sign()
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit):
         run(folder, tmp_path / "out", judges=(str(copy),))
-    assert "--judges broken: score nan for query 'She listened'" in capsys.readouterr().err
+    assert re.search("--judges broken: score -?(inf|nan) for query 'She listened'", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flags, words", [

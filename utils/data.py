@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import json
 import math
 import os
@@ -40,7 +41,14 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         fail(f"{flag} {path}: no such file or folder")
     if not rows:
         fail(f"{flag} {path}: no rows in it")
-    found = ", ".join(rows[0])
+    found = ", ".join(map(str, rows[0]))
+    specials = [token for token in (tokenizer.eos_token, tokenizer.pad_token) if token]
+    special_rows = [i for i, row in enumerate(rows, 1) if any(
+        token in value.removesuffix(tokenizer.eos_token) for value in row.values() if isinstance(value, str)
+        for token in specials)]
+    if special_rows:
+        print0(f"warning: {flag} {path}: {len(special_rows)} rows, the first of them row {special_rows[0]}, hold the text "
+               f"{' or '.join(map(repr, specials))}, which the tokenizer reads as that token")
     for i, row in enumerate(rows):
         try:
             rows[i] = standard_row(row, tokenizer, max_prompt_length)
@@ -61,6 +69,11 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         for name in wanted:
             if not isinstance(row.get(name), str):
                 fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
+            try:
+                row[name].encode()
+            except UnicodeEncodeError as error:
+                fail(f"{flag} {path}, row {number}: column {name!r} has half a character (a lone surrogate, "
+                     f"{row[name][error.start]!r}) at place {error.start + 1}. Remove it")
     return rows
 
 
@@ -86,24 +99,47 @@ def _read_json(path, flag):
 
 def _read_csv(path, flag):
     csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(_read_text(path, flag), newline=""), strict=True)
+    rows = []
     try:
-        return list(csv.DictReader(_read_text(path, flag).splitlines(keepends=True), strict=True))
+        twice = [name for name, times in Counter(reader.fieldnames or ()).items() if times > 1]
+        if twice:
+            fail(f"{flag} {path}, line 1: two columns {twice[0]!r}")
+        for row in reader:
+            rows.append(row)
+            if None in row:
+                fail(f"{flag} {path}, line {reader.line_num}: more fields than the first line has. Put text with commas "
+                     'between double quotes, and write " within as ""')
     except csv.Error as error:
-        fail(f"{flag} {path}: cannot be read as CSV ({error})")
+        fail(f"{flag} {path}: the row that begins in line {reader.line_num + 1} cannot be read as CSV ({error})")
+    return rows
 
 
 def _read_text(path, flag):
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        fail(f"{flag} {path}: not UTF-8 text")
+        packed = ": it is gzip, unpack it" if Path(path).read_bytes()[:2] == b"\x1f\x8b" else ""
+        fail(f"{flag} {path}: not UTF-8 text{packed}")
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be read ({error.strerror})")
 
 
 def _parse_json(text, path, flag, line=1):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         fail(f"{flag} {path}, line {line + error.lineno - 1}: broken JSON ({error.msg}, column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        fail(f"{flag} {path}, line {line}: cannot be read ({first_line(error)})")
+
+
+def _each_key_once(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return row
 
 
 def _read_with_datasets(path, flag):

@@ -157,6 +157,8 @@ def render(messages, tokenizer, **options):
     for message in messages:
         if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
             raise ValueError(f"the content of a message must be text, found {message.get('content')!r:.60}")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"the role of a message must be text, found {message.get('role')!r:.60}")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as error:  # some templates refuse roles, or their order

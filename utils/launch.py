@@ -1,10 +1,11 @@
 """Plumbing between the command line and the algorithm: ranks, devices, DeepSpeed engines, one-line errors."""
 
 import contextlib
+import errno
 import logging
 import os
-import socket
 import sys
+import threading
 from datetime import timedelta
 
 import torch
@@ -30,7 +31,8 @@ AT_MOST_1 = {"top_p", "gamma", "lam", "warmup_ratio"}
 def fail(message):
     """End the program with exit code 1 and one line from rank 0. Every rank must come to the same verdict."""
     if rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)  # names from files are in it
+        print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
 
@@ -41,8 +43,12 @@ def fail_together(message):
         fail(wrong)
 
 
+allowed = {"pickle": False}  # by --allow_pickle, for utils/models.py
+
+
 def check_flags(args):
     """Fail in one line on a number that makes no sense, before anything is loaded."""
+    allowed["pickle"] = args.allow_pickle
     for name, value in vars(args).items():
         for names, holds, words in (
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
@@ -54,6 +60,26 @@ def check_flags(args):
                 fail(f"--{name} {value}: must be {words}")
     if getattr(args, "offload_optimizer", False) and args.zero_stage == 0:
         fail("--offload_optimizer needs --zero_stage 2 or 3")
+
+
+def disk_fault(error):
+    """What a disk that is full, gone or not writable says, in one line; None: the exception is something else."""
+    if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    told = str(error).strip()
+    if "inline_container" in told or type(error).__name__ == "SafetensorError" and "error" in told:  # torch, safetensors
+        return told.splitlines()[0]
+    return None
+
+
+def end_in_one_line(kind, error, trace):
+    """Python's last word on an exception that nobody caught: one line for a disk's fault, a traceback for ours."""
+    told = disk_fault(error)
+    if told is None:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: rank {rank()}: {told}. Checkpoints that were complete are untouched: mend the disk, then go on "
+          "with --resume", file=sys.stderr, flush=True)
 
 
 def print0(*args):
@@ -79,16 +105,15 @@ def init_distributed(timeout_minutes=30.0):
     Returns the torch.device of this rank. DeepSpeed's shared-memory op for CPUs is switched off: it is compiled
     at run time, and a machine without a C compiler would stop there.
     """
+    sys.excepthook = end_in_one_line
+    threading.excepthook = lambda thread: end_in_one_line(*thread[:3])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # here and not above, so that --help and errors in the arguments come at once
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    for name, value in alone.items():
+    launched = "WORLD_SIZE" in os.environ
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():
         os.environ.setdefault(name, str(value))
     # One CPU thread a rank unless the user says otherwise: small models are fastest so (two threads that share
     # busy cores can be many times slower), and the same run gives the same bits on any number of cores.
@@ -100,6 +125,8 @@ def init_distributed(timeout_minutes=30.0):
     if not dist.is_initialized():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if not launched:  # one process alone: no port, so that none can be taken
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return device
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from utils.launch import fail, full_state_dict, rank
+from utils.launch import allowed, fail, full_state_dict, rank
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -114,13 +114,18 @@ def load_classifier(path, flag, tokenizer, bf16=False, new_head=False):
 
 def _load(auto_class, path, flag, bf16, **options):
     check_folder(path, flag, "config.json", "It is not a Hugging Face model folder")
-    check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to safetensors")
+    if not allowed["pickle"]:
+        check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to safetensors, "
+                     "or pass --allow_pickle if you trust them")
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
         model, loaded = auto_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+            path, dtype=dtype, use_safetensors=None if allowed["pickle"] else True, output_loading_info=True, **options)
     except Exception as error:
         fail(f"{flag} {path}: cannot load a model from it ({first_line(error)})")
+    bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if bad:
+        fail(f"{flag} {path}: its weight {bad} has NaN or infinity in it. Give a checkpoint from before that")
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:  # BLOOM would ignore ours
         fail(f"{flag} {path}: {type(model).__name__} takes no position_ids. Families that do (GPT-NeoX, GPT-2, Llama, "
              "Qwen, Mistral, Gemma, ...) work")

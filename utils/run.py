@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.launch import barrier, fail, fail_together, from_rank0, print0, rank, world_size
+from utils.launch import all_max, barrier, fail, finish, from_rank0, gather_rows, print0, rank, world_size
 
 # Flags that may change when a run is resumed: they alter no weight.
 FREE_ON_RESUME = {
-    "output_dir", "resume", "overwrite", "save_every", "eval_every", "log_every", "local_rank", "timeout_minutes"}
+    "output_dir", "resume", "overwrite", "save_every", "eval_every", "log_every", "local_rank", "timeout_minutes",
+    "allow_pickle"}
 
 
 # ---- The folder -------------------------------------------------------------------------------------------
@@ -76,11 +78,13 @@ def open_folder(folder, args, name):
         if (folder / "args.json").exists() and not (args.overwrite or _to_do_again(folder, args, name)):
             return True
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text(json.dumps(_comparable(args, name), indent=1) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)  # it is there still where it is a mounted disk
+        _write(folder / "args.json", json.dumps(_comparable(args, name), indent=1) + "\n")
 
     if not getattr(args, "resume", False) and from_rank0(make):
         fail(f"--output_dir {folder}: another run has begun there in the meantime. Give this one a folder of its own")
+    if rank() == 0:
+        (folder / "INTERRUPTED").unlink(missing_ok=True)
     barrier()
 
 
@@ -213,6 +217,40 @@ def cached_array(file, name, make):
     return array
 
 
+# ---- SIGTERM ----------------------------------------------------------------------------------------------
+
+_sigterm = []  # not empty: it has come
+
+
+def _note_sigterm(*_):
+    _sigterm.append(True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+
+
+def interrupted(device):
+    """Whether any rank has got SIGTERM, as machines that are taken back send it. Every rank must call it, each step."""
+    return bool(all_max(torch.tensor(float(bool(_sigterm)), device=device)))
+
+
+def leave_interrupted(folder, step):
+    """End after SIGTERM, once the checkpoint of this step is written: a file INTERRUPTED, exit code 75 ("try again")."""
+    if rank() == 0:
+        _write(folder / "INTERRUPTED", f"SIGTERM came; the checkpoint of step {step} is complete. Go on with --resume\n")
+    print0(f"SIGTERM: stopped after step {step}, go on with --resume --output_dir {folder}")
+    finish()
+    raise SystemExit(75)
+
+
+# ---- Files ------------------------------------------------------------------------------------------------
+
+
+def _write(file, text):
+    """Write a small file whole or not at all: whoever is killed here leaves the file as it was."""
+    unfinished = file.with_name(file.name + ".unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, file)
+
+
 def _files(folder):
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
@@ -237,6 +275,8 @@ class Tracker:
     def __init__(self, folder, args, first_step):
         self.folder, self.first_step, self.started = folder, first_step, time.time()
         self.last = {}
+        _sigterm.clear()
+        signal.signal(signal.SIGTERM, _note_sigterm)  # from here on there are steps that ask `interrupted`
         self.active = rank() == 0
         if not self.active:
             return
@@ -245,7 +285,7 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        rows = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+        rows = "\n".join(f"|{key}|{_cell(str(value))}|" for key, value in vars(args).items())
         self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
 
     def log(self, step, metrics):
@@ -282,16 +322,17 @@ class Tracker:
 
     def close(self, summary):
         """Write summary.json last: its presence says that the run is complete."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.active:
             self.writer.close()
             text = json.dumps({**summary, "seconds_this_process": round(time.time() - self.started, 1)}, indent=1)
-            (self.folder / "summary.json").write_text(text + "\n")
+            _write(self.folder / "summary.json", text + "\n")
 
 
 def _keep_rows_before(file, step):
     if file.is_file():
         whole = file.read_text().split("\n")[:-1]  # behind the last newline: a line cut off
-        file.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+        _write(file, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
 
 
 def _cell(value):
@@ -315,15 +356,18 @@ def model_card(folder, script, base, data, lines=()):
 def stop_if_not_finite(quantities, batch, folder, step):
     """Stop every rank on the first NaN or infinity of any, by name, after saving the batch. Checkpoints stay.
 
-    quantities: {name: tensor or number}, in the order in which they were computed; batch: anything that torch.save
-    takes. Every rank must call it.
+    quantities: {name: tensor or number}, in the order in which they were computed; batch: {name: list or tensor}, with
+    a row for each sequence of this rank. `python -m utils.replay` reads the file. Every rank must call it.
     """
-    finite = (bool(torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all()) for value in quantities.values())
-    bad = next((name for name, good in zip(quantities, finite) if not good), None)
-    message = None
-    if bad:
-        file = folder / f"bad_batch_rank{rank()}.pt"
-        torch.save({"step": step, "first_bad": bad, **batch}, file)
-        message = (f"step {step}: {bad} is not finite. The batch is saved in {file}; the last checkpoint is untouched. "
-                   "Look at the batch, or start anew with a lower learning rate")
-    fail_together(message)
+    finite = [bool(torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all()) for value in quantities.values()]
+    place, message = finite.index(False) if False in finite else len(finite), None
+    if place < len(finite):
+        bad, file = list(quantities)[place], folder / f"bad_batch_rank{rank()}.pt"
+        quantities = {name: torch.as_tensor(value).detach().cpu() for name, value in quantities.items()}
+        args = _read_record(folder / "args.json")
+        torch.save({"step": step, "first_bad": bad, "quantities": quantities, "batch": batch, "args": args}, file)
+        message = (f"step {step}: {bad} is not finite. The batch is saved, the last checkpoint is untouched. See which "
+                   f"row it is with `python -m utils.replay {file}`; start anew with a lower learning rate if it is none")
+    place, message = min(gather_rows([(place, message or "")]))  # of the rank where it came first
+    if message:
+        fail(message)

@@ -1,0 +1,282 @@
+"""Kill runs anywhere and resume them: python -m experiments.kill_resume --script ppo --trials 20
+
+A short run is made once without a kill, which also counts how often each place below is passed. Then, for every trial, the
+run is started in a process group of its own, and the whole group gets SIGKILL at one of these places, drawn with the
+occasion from the trial's number, or at a random time. In every second trial the resumed run is killed as well. The last
+process must end the run as if nothing had happened. Compared with the run that was never killed, bit for bit:
+  weights of policy, critic and best policy; every file of the last checkpoint, optimizer states included;
+  every line of metrics.jsonl and samples.jsonl; summary.json but for its seconds;
+  and TensorBoard's curves: each step of each scalar once, in order, with the value of metrics.jsonl.
+A finished trial is not repeated, so the command can be stopped and given again.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+FLAGS = {
+    "sft": ["--model=assets/base", "--train_data={data}/train.jsonl", "--eval_data={data}/validation.jsonl", "--epochs=2",
+            "--batch_size=8", "--num_samples=4", "--log_every=1"],
+    "reward_model": ["--train_data={data}/preferences_train.jsonl", "--eval_data={data}/preferences_validation.jsonl",
+                     "--demonstrations={data}/train.jsonl", "--epochs=2", "--batch_size=8", "--log_every=1"],
+    "ppo": ["--prompts={data}/train.jsonl", "--eval_prompts={data}/validation.jsonl", "--total_episodes=48",
+            "--batch_size=8", "--micro_batch_size=4", "--num_ppo_epochs=2", "--num_eval_prompts=8"]}
+COMMON = ["--save_every=2", "--eval_every=3"]  # of six steps
+PLACES = {  # where: (module, name of what is called there, whether the kill comes before, after or in the middle of it)
+    "before a training step": ("SCRIPT", "optimizer_step", "before"),
+    "inside an update": ("torch.optim.AdamW", "step", "after"),
+    "inside a rollout": {"ppo": ("SCRIPT", "inverse_cdf", "before"), "sft": ("SCRIPT", "decode_responses", "before"),
+                         "reward_model": ("SCRIPT", "score_sequences", "before")},
+    "before a line of metrics": ("utils.run.Tracker", "log", "before"),
+    "half a file into a checkpoint": ("torch", "save", "middle"),
+    "before the checksums are on disk": ("os", "fsync", "before"),
+    "before a checkpoint's rename": ("pathlib.Path", "rename", "before"),
+    "after a checkpoint's rename": ("pathlib.Path", "rename", "after"),
+    "while an old checkpoint is deleted": ("shutil", "rmtree", "middle"),
+    "inside a line of metrics.jsonl": ("json", "dumps", "line"),
+    "while metrics.jsonl is cut for the resumed run": ("os", "replace", "before"),
+    "before the last weights": ("SCRIPT", "save_model", "before"),
+    "before the model card": ("SCRIPT", "model_card", "before"),
+    "before the summary": ("utils.run.Tracker", "close", "before"),
+    "at a random time": None}
+
+
+# ---- One process ------------------------------------------------------------------------------------------
+
+
+def find(script, module):
+    """The module or class of a place."""
+    if module == "SCRIPT":
+        return importlib.import_module(script)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        parent, _, name = module.rpartition(".")
+        return getattr(importlib.import_module(parent), name)
+
+
+def kill_everything():
+    os.killpg(0, signal.SIGKILL)
+    time.sleep(60)
+
+
+def in_the_middle(name, args):
+    """Half of what the function does."""
+    if name == "save":
+        whole = Path(args[1])
+        original_save(*args)
+        with open(whole, "r+b") as file:
+            file.truncate(whole.stat().st_size // 2)
+    elif name == "rmtree":
+        files = sorted(file for file in Path(args[0]).rglob("*") if file.is_file())
+        for file in files[: (len(files) + 1) // 2]:
+            file.unlink()
+
+
+def worker(script, place, occasion, counts_file, flags):
+    """Run a script and kill the process group at the n-th passage of a place; or count all passages (place None)."""
+    global original_save
+    import torch
+
+    original_save, passed = torch.save, Counter()
+    sys.argv = [f"{script}.py", *flags]
+
+    def watch(where, module, name, when):
+        owner = find(script, module)
+        original = getattr(owner, name)
+
+        def function(*args, **kwargs):
+            passed[where] += 1
+            now = where == place and passed[where] == occasion
+            if now and when == "middle":
+                in_the_middle(name, args)
+            if now and when == "line" and isinstance(args[0], dict) and "step" in args[0]:
+                folder = next(flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir="))
+                with open(Path(folder, "metrics.jsonl"), "a") as file:
+                    file.write(original(*args)[:20])
+            if now and when != "after":
+                kill_everything()
+            result = original(*args, **kwargs)
+            if now:
+                kill_everything()
+            return result
+
+        setattr(owner, name, function)
+
+    module = importlib.import_module(script)
+    for where, at in PLACES.items():
+        at = at[script] if isinstance(at, dict) else at
+        if at and place in (None, where):
+            watch(where, *at)
+    module.main(module.tyro.cli(module.Args))
+    if counts_file and int(os.environ.get("RANK", 0)) == 0:
+        Path(counts_file).write_text(json.dumps(passed))
+
+
+# ---- Trials -----------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Starts one script with one number of ranks and ZeRO stage."""
+
+    def __init__(self, out, script, ranks, zero):
+        self.script, self.ranks, self.out = script, ranks, out / f"{script}_{ranks}_zero{zero}"
+        data = out / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        for file, rows in (("train", 24), ("validation", 8), ("preferences_train", 24), ("preferences_validation", 8)):
+            lines = Path("assets/data", f"{file}.jsonl").read_text().splitlines(keepends=True)
+            (data / f"{file}.jsonl").write_text("".join(lines[:rows]))
+        self.flags = [flag.format(data=data) for flag in FLAGS[script]] + COMMON + [f"--zero_stage={zero}"]
+
+    def start(self, folder, place=None, occasion=0, after=None, counts=None):
+        """One process (group) until it ends or is killed. Returns (exit code, seconds)."""
+        resume = ["--resume"] if (folder / "args.json").exists() else ["--overwrite"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.ranks)]
+        command = [sys.executable, *(launcher if self.ranks > 1 else []), "-m", "experiments.kill_resume", "--worker",
+                   json.dumps([self.script, place, occasion, counts, [*self.flags, f"--output_dir={folder}", *resume]])]
+        began = time.time()
+        with open(f"{folder}.log", "a") as log:
+            process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env={
+                **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+            try:
+                process.wait(after)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return process.returncode, time.time() - began
+
+    def reference(self):
+        """The run that is never killed: its folder, seconds, and how often each place is passed."""
+        folder, record = self.out / "whole", self.out / "whole.json"
+        if not record.exists():
+            shutil.rmtree(self.out, ignore_errors=True)
+            self.out.mkdir()
+            code, seconds = self.start(folder, counts=str(self.out / "counts.json"))
+            if code:
+                raise SystemExit(f"the run without a kill failed: see {folder}.log")
+            record.write_text(json.dumps({"seconds": seconds, "counts": json.loads((self.out / "counts.json").read_text())}))
+        return folder, json.loads(record.read_text())
+
+    def trial(self, number):
+        whole, record = self.reference()
+        draw, folder = random.Random(number), self.out / f"trial_{number}"
+        shutil.rmtree(folder, ignore_errors=True)
+        places = [place for place in PLACES if PLACES[place] is None or record["counts"].get(place)]
+        kills = []
+        for turn in range(1 + number % 2):
+            place = places[number % len(places)] if turn == 0 else draw.choice(places)
+            if PLACES[place] is None:
+                after = draw.uniform(0.3, 1.0) * record["seconds"]
+                code, _ = self.start(folder, after=after)
+                kills.append([place, f"{after:.1f} s", code != 0])
+            else:
+                occasion = draw.randint(1, record["counts"][place])
+                code, _ = self.start(folder, place, occasion)
+                kills.append([place, f"{occasion} of {record['counts'][place]}", code != 0])
+            if code == 0:  # nothing was left to kill
+                break
+        if kills[-1][2]:
+            code, _ = self.start(folder)
+        return {"trial": number, "kills": kills, "code": code, "differs": differences(whole, folder)}
+
+
+def differences(whole, folder):
+    """What of a run is not as in the one that was never killed."""
+    differs = []
+    for name in ("model.safetensors", "critic/model.safetensors", "best/model.safetensors", "metrics.jsonl",
+                 "samples.jsonl"):
+        one, other = (file.read_bytes() if file.exists() else None for file in (whole / name, folder / name))
+        if one != other:
+            differs.append(name)
+    if not (folder / "summary.json").exists():
+        return [*differs, "no summary.json"]
+    one, other = (json.loads((path / "summary.json").read_text()) | {"seconds_this_process": 0} for path in (whole, folder))
+    if one != other:
+        differs.append("summary.json")
+    one, other = (max((path / "checkpoints").glob("step_*")) for path in (whole, folder))
+    if one.name != other.name:
+        return [*differs, f"last checkpoint {other.name}"]
+    for file in sorted(one.rglob("*")):
+        if file.is_file() and file.name != "sha256.json" and not same(file, other / file.relative_to(one)):
+            differs.append(f"checkpoint {file.relative_to(one)}")
+    return differs + tensorboard_differs(folder)
+
+
+def same(one, other):
+    """Whether two files of checkpoints hold the same: bytes, or where those differ every tensor and number in them."""
+    if one.read_bytes() == other.read_bytes():
+        return True
+    import torch
+
+    if one.suffix != ".pt":
+        return False
+
+    def equal(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return type(a) is type(b) and (a == b or vars(a).keys() == vars(b).keys() if hasattr(a, "__dict__") else a == b)
+
+    return equal(*(torch.load(file, weights_only=False) for file in (one, other)))
+
+
+def tensorboard_differs(folder):
+    """Scalars whose curve in TensorBoard, with what a restart purges gone, is not that of metrics.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected = {}
+    for row in map(json.loads, open(folder / "metrics.jsonl")):
+        for key, value in row.items():
+            expected.setdefault(key, []).append((row["step"], value))
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    differs = []
+    for key, curve in expected.items():
+        shown = [(event.step, event.value) for event in events.Scalars(key)] if key != "step" else []
+        if key != "step" and ([step for step, _ in shown] != [step for step, _ in curve] or any(
+                abs(a - b) > 1e-5 * max(1.0, abs(b)) for (_, a), (_, b) in zip(shown, curve))):
+            differs.append(f"TensorBoard {key}")
+    return differs
+
+
+def main(args):
+    runs = Runs(args.out, args.script, args.ranks, args.zero_stage)
+    runs.reference()
+    results = runs.out / "results.jsonl"
+    done = [json.loads(line) for line in open(results)] if results.exists() else []
+    for number in range(len(done), args.trials):
+        done.append(runs.trial(number))
+        with open(results, "a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+        if not done[-1]["differs"]:
+            shutil.rmtree(runs.out / f"trial_{number}")
+    good = 0
+    print(f"{args.script}.py, {args.ranks} rank(s), ZeRO {args.zero_stage}\n\n| trial | killed | end |\n|-|-|-|")
+    for row in done[: args.trials]:
+        kills = "; ".join(f"{place} ({occasion})" if hit else f"not reached: {place}" for place, occasion, hit in row["kills"])
+        good += row["code"] == 0 and not row["differs"]
+        print(f"| {row['trial']} | {kills} | {', '.join(row['differs']) or 'the same bits'} |")
+    print(f"\n{good} of {args.trials} runs end with the bits of the run that was never killed")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", choices=FLAGS, default="ppo")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--zero_stage", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/kill_resume"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    worker(*json.loads(args.worker)) if args.worker else main(args)

@@ -1,0 +1,393 @@
+"""Kills, SIGTERM, full disks, NaN and dead ranks: what a run that goes wrong leaves behind, and how it goes on.
+
+The whole kill matrix is experiments/kill_resume.py; here is a short form of it.
+"""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import ppo
+import reward_model
+import sft
+import utils.replay
+from experiments.kill_resume import COMMON, FLAGS, PLACES, Runs, differences
+from test_launch import environment
+from utils.launch import end_in_one_line
+
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """ppo.py's short run of kill_resume.py, made once without a kill."""
+    made = Runs(tmp_path_factory.mktemp("reliability"), "ppo", 1, 0)
+    made.reference()
+    return made
+
+
+def start(runs, folder, *more, launcher=(sys.executable,), **options):
+    return subprocess.Popen([*launcher, "ppo.py", *runs.flags, f"--output_dir={folder}", *more], cwd=ROOT, env=environment(),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def wait_for_step(folder, step):
+    """Until the first line of this step is in metrics.jsonl."""
+    until = time.time() + 100
+    while time.time() < until:
+        file = folder / "metrics.jsonl"
+        if file.exists() and any(json.loads(line)["step"] >= step for line in file.read_text().split("\n")[:-1]):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in {folder}")
+
+
+# ---- Kills ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["half a file into a checkpoint", "while metrics.jsonl is cut for the resumed run"])
+def test_killed_run_ends_with_the_same_bits(runs, place):
+    """SIGKILL in the middle of a checkpoint's file and, resumed, at a second place: the end is bit-identical."""
+    number = list(PLACES).index(place) + len(PLACES) * (list(PLACES).index(place) % 2 == 0)  # an odd one: killed twice
+    result = runs.trial(number)
+    assert result["kills"][0][0] == place and result["kills"][0][2], result
+    assert result["code"] == 0 and result["differs"] == []
+
+
+def test_differences_are_seen(runs, tmp_path):
+    """kill_resume.py's comparison sees a changed weight, line, optimizer state and curve."""
+    whole, _ = runs.reference()
+    assert differences(whole, whole) == []
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines + lines[-1:]))
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-1] + b"\1")
+    file = next((copy / "checkpoints").glob("*4/policy/*.pt"))
+    state = torch.load(file, weights_only=False)
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"] += 1
+    torch.save(state, file)
+    found = differences(whole, copy)
+    assert found[:2] == ["model.safetensors", "metrics.jsonl"]
+    assert f"checkpoint policy/{file.name}" in found and "TensorBoard eval/score" in found
+
+
+def test_sigterm_writes_a_checkpoint_and_exit_code_75(runs, tmp_path):
+    """SIGTERM: within 30 seconds a checkpoint of the step under way, INTERRUPTED, code 75; resumed, the same bits."""
+    whole, _ = runs.reference()
+    folder = tmp_path / "run"
+    process = start(runs, folder)
+    wait_for_step(folder, 1)
+    began = time.time()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and time.time() - began < 30, err
+    step = int(out.split("SIGTERM: stopped after step ")[1].split(",")[0])
+    assert (folder / "INTERRUPTED").is_file() and (folder / "checkpoints" / f"step_{step:07d}").is_dir()
+    assert not (folder / "summary.json").exists()
+    process = start(runs, folder, "--resume")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and not (folder / "INTERRUPTED").exists(), err
+    assert "starting from the first step" not in out
+    assert [name for name in differences(whole, folder) if not name.startswith("last checkpoint")] == []
+
+
+@pytest.mark.parametrize("script, name", [(sft, "sft"), (reward_model, "reward_model")], ids=["sft", "reward_model"])
+def test_sigterm_in_the_other_scripts(script, name, tmp_path, monkeypatch):
+    """In this process: SIGTERM inside the second step ends the run after it, with its checkpoint and code 75; then the
+    resumed run ends complete, and SIGTERM ends processes at once again."""
+    made = Runs(tmp_path / "out", name, 1, 0)
+    folder, steps, real = tmp_path / "run", [], script.optimizer_step
+
+    def optimizer_step(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(script, "optimizer_step", optimizer_step)
+    flags = [*made.flags, f"--output_dir={folder}"]
+    with pytest.raises(SystemExit) as stopped:
+        script.main(script.tyro.cli(script.Args, args=flags))
+    assert stopped.value.code == 75 and len(steps) == 2
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000002"]
+    assert (folder / "INTERRUPTED").is_file()
+    script.main(script.tyro.cli(script.Args, args=[*flags, "--resume"]))
+    assert len(steps) == 6 and (folder / "summary.json").is_file() and not (folder / "INTERRUPTED").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---- Disks ------------------------------------------------------------------------------------------------
+
+
+def test_full_disk_ends_in_one_line_and_loses_nothing(runs, tmp_path):
+    """A file that cannot be written whole (no file may have more than 1 MiB from step 2 on) ends the run in one line, with
+    code 1; with room again it resumes to the same bits."""
+    whole, _ = runs.reference()
+    folder = tmp_path / "run"
+    process = start(runs, folder)
+    wait_for_step(folder, 2)
+    until = time.time() + 60
+    while not (folder / "checkpoints/step_0000002").exists() and time.time() < until:
+        time.sleep(0.02)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert err.count("error: rank 0: ") == 1 and "File too large" in err and "go on with --resume" in err, err
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_0000002"]
+    process = start(runs, folder, "--resume")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert differences(whole, folder) == []
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device", "runs/a.pt"), RuntimeError(
+    "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")], ids=["OSError", "torch"])
+@pytest.mark.parametrize("part", ["first file", "last file", "checksums"])
+def test_full_disk_in_a_checkpoint_leaves_the_one_before(fault, part, runs, tmp_path, monkeypatch, capsys):
+    """The second checkpoint cannot be written, at its first or last file or its checksums: the first one is as it was, the
+    word on it is one line, and the resumed run ends with the same bits."""
+    whole, _ = runs.reference()
+    folder, calls = tmp_path / "run", []
+    flags = [*runs.flags, f"--output_dir={folder}"]
+    owner, name, call = (os, "fsync", 7) if part == "checksums" else (torch, "save", 4 if part == "last file" else 3)
+    real = getattr(owner, name)
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise fault
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, function)
+        with pytest.raises(type(fault)) as caught:
+            ppo.main(ppo.tyro.cli(ppo.Args, args=flags))
+    capsys.readouterr()
+    end_in_one_line(caught.type, caught.value, caught.tb)
+    said = capsys.readouterr().err
+    assert said.startswith("error: rank 0: ") and said.count("\n") == 1 and "--resume" in said
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_0000002"]
+    ppo.main(ppo.tyro.cli(ppo.Args, args=[*flags, "--resume"]))
+    assert differences(whole, folder) == [] and not list((folder / "checkpoints").glob("unfinished_*"))
+
+
+def test_only_a_disks_fault_is_told_in_one_line(capsys):
+    """ENOSPC is one line that names the file; a fault in the code keeps its traceback."""
+    for error, lines in ((OSError(errno.ENOSPC, "No space left on device", "runs/a.pt"), 1), (ValueError("a fault"), 2)):
+        try:
+            raise error
+        except Exception as caught:
+            end_in_one_line(type(caught), caught, caught.__traceback__)
+        said = capsys.readouterr().err
+        assert (said.count("\n") == 1) == (lines == 1) and ("Traceback" in said) == (lines == 2)
+        assert "runs/a.pt" in said or lines == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no sums"])
+def test_damaged_checkpoints_are_passed_over(runs, damage, tmp_path, capsys):
+    """A newest checkpoint whose file is cut, has a flipped bit, or is missing is not used, with a warning; the one before is."""
+    whole, _ = runs.reference()
+    shutil.copytree(whole, tmp_path / "run")
+    newest = max((tmp_path / "run/checkpoints").glob("step_*"))
+    file = newest / "sha256.json" if damage == "no sums" else max(newest.rglob("*.pt"), key=lambda path: path.stat().st_size)
+    content = file.read_bytes()
+    middle = len(content) // 2
+    if damage in ("missing", "no sums"):
+        file.unlink()
+    else:
+        file.write_bytes(content[:middle] if damage == "cut" else
+                         content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    loaded = []
+
+    class Engine:
+        def load_checkpoint(self, path, tag):
+            loaded.append((Path(path).name, tag))
+
+    from utils.run import load_checkpoint
+
+    state = load_checkpoint(tmp_path / "run", {"policy": Engine()})
+    assert f"{newest} is damaged" in capsys.readouterr().out
+    assert loaded == [("step_0000002", "policy")] and state["step"] == 2 and newest.name == "step_0000004"
+
+
+# ---- Numbers ----------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+def spoil(monkeypatch, name, call, change):
+    """ppo's function of this name gives `change(result)` at its n-th call."""
+    calls, real = [], getattr(ppo, name)
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        result = real(*args, **kwargs)
+        return change(result) if len(calls) == call else result
+
+    monkeypatch.setattr(ppo, name, function)
+
+
+@pytest.mark.parametrize("first_bad, name, call, change", [
+    ("scores", "score_responses", 3, lambda x: x.index_fill(0, torch.tensor([2]), float("inf"))),
+    ("ref_logprobs", "token_logprobs", 13, lambda x: x * NAN),
+    ("logprobs", "token_logprobs", 14, lambda x: x * NAN),
+    ("values", "state_values", 7, lambda x: x * NAN),
+    ("policy loss of epoch 1, minibatch 1", "policy_losses", 5, lambda x: (x[0] * NAN, x[1])),
+    ("value loss of epoch 2, minibatch 1", "value_losses", 7, lambda x: (x[0] * NAN, x[1])),
+    ("policy gradient norm of epoch 2, minibatch 1", "optimizer_step", 7, lambda norm: norm * float("inf")),
+])
+def test_numbers_that_go_wrong_stop_the_run(first_bad, name, call, change, runs, tmp_path, monkeypatch, capsys):
+    """In update 2, after the checkpoint of update 1: the first bad quantity is named, the batch saved and replayed, the
+    checkpoint as it was."""
+    folder = tmp_path / "run"
+    spoil(monkeypatch, name, call, change)
+    flags = [*(flag for flag in runs.flags if "save_every" not in flag), "--save_every=1", f"--output_dir={folder}"]
+    with pytest.raises(SystemExit) as stopped:
+        ppo.main(ppo.tyro.cli(ppo.Args, args=flags))
+    said = capsys.readouterr().err
+    file = folder / "bad_batch_rank0.pt"
+    assert stopped.value.code == 1 and said.count("\n") == 1
+    assert said.startswith(f"error: step 2: {first_bad} is not finite.") and f"python -m utils.replay {file}" in said
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000001"]
+    utils.replay.main(utils.replay.Args(file))
+    said = capsys.readouterr().out
+    assert f"step 2: the first quantity that is not finite is {first_bad}" in said and said.count(" tokens ") == 8
+    if first_bad == "scores":
+        assert "scores: not finite in 1 of 8 rows, the first is 2" in said
+    assert "All rows are finite here" in said
+
+
+@pytest.mark.parametrize("script, more", [(sft, ["--num_samples=0"]), (reward_model, [])], ids=["sft", "reward_model"])
+def test_replay_names_the_rows_that_are_bad_for_the_model(script, more, tmp_path, capsys):
+    """A model that overflows from the 21st position on: sft.py stops at step 1, reward_model.py too where its held-out rows
+    are shorter, and replay finds the rows that are longer."""
+    made, model, folder = Runs(tmp_path / "out", script.__name__, 1, 0), tmp_path / "model", tmp_path / "run"
+    tokenizer = sft.load_tokenizer("assets/base", "--model")
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=1000, n_positions=128, n_embd=32, n_layer=1, n_head=2))
+    network.transformer.wpe.weight.data[20:] = 1e30 * torch.randn(108, 32)
+    network.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    held_out = tmp_path / "out/data/preferences_validation.jsonl"
+    held_out.write_text('{"prompt": "She", "chosen": " was", "rejected": " is"}\n')
+    with pytest.raises(SystemExit):
+        script.main(script.tyro.cli(script.Args, args=[
+            *made.flags, "--batch_size=24", f"--model={model}", f"--output_dir={folder}", *more]))
+    assert "step 1: train/loss is not finite" in capsys.readouterr().err
+    utils.replay.main(utils.replay.Args(folder / "bad_batch_rank0.pt"))
+    said = capsys.readouterr().out
+    name = {"sft": "train", "reward_model": "preferences_train"}[script.__name__]
+    rows = [json.loads(line) for line in open(tmp_path / f"out/data/{name}.jsonl")]
+    texts = [row.get("prompt", "") + row[side] for row in rows for side in ("text", "completion", "chosen", "rejected") if side in row]
+    long = sum(len(tokenizer(text).input_ids) > 20 for text in texts)
+    assert 0 < long < len(texts) and f"\n{long} rows are not finite here" in said
+
+
+def test_held_out_scores_that_are_not_finite_stop_the_reward_model(tmp_path, capsys):
+    """A model that overflows everywhere: one line in place of a calibration of NaN."""
+    made, model = Runs(tmp_path / "out", "reward_model", 1, 0), tmp_path / "model"
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=1000, n_positions=128, n_embd=32, n_layer=1, n_head=2))
+    network.transformer.wpe.weight.data[:] = 1e30 * torch.randn(128, 32)
+    network.save_pretrained(model)
+    sft.load_tokenizer("assets/base", "--model").save_pretrained(model)
+    with pytest.raises(SystemExit):
+        reward_model.main(reward_model.tyro.cli(reward_model.Args, args=[
+            *made.flags, f"--model={model}", f"--output_dir={tmp_path / 'run'}"]))
+    said = capsys.readouterr().err
+    assert said.startswith("error: a held-out score is not finite") and said.count("\n") == 1
+
+
+def test_models_that_are_not_finite(runs, tmp_path, capsys):
+    """NaN in a weight file is refused by name; a policy whose logits overflow stops at update 1 with its log-probabilities."""
+    for value, expected in ((float("nan"), "its weight gpt_neox.final_layer_norm.weight has NaN"),
+                            (1e38, "step 1: ref_logprobs is not finite")):
+        model = tmp_path / str(value)
+        shutil.copytree(ROOT / "assets/sft", model)
+        weights = load_file(model / "model.safetensors")
+        weights["gpt_neox.final_layer_norm.weight"][:] = value
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(SystemExit):
+            ppo.main(ppo.tyro.cli(ppo.Args, args=[*runs.flags, f"--sft_model={model}", f"--output_dir={model}_run"]))
+        said = capsys.readouterr().err
+        assert expected in said and said.count("\n") == 1
+
+
+def test_replay_of_a_file_that_is_not_there(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        utils.replay.main(utils.replay.Args(tmp_path / "bad_batch_rank0.pt"))
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# ---- Dead ranks -------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_is_killed_ends_the_job(runs, tmp_path):
+    """SIGKILL for one of two ranks in the middle of training: the whole job is gone within 60 seconds."""
+    folder = tmp_path / "run"
+    process = start(runs, folder, launcher=TWO_RANKS)
+    wait_for_step(folder, 1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "ppo.py"], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    began = time.time()
+    os.kill(int(children[1]), signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0 and time.time() - began < 60
+    assert all(not Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_traceback_first(runs, tmp_path):
+    """An exception on rank 1 alone: the job ends within 60 seconds, and the first traceback is that of rank 1."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ppo
+real, calls = ppo.gae, []
+def gae(*args):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        raise ArithmeticError("rank 1 has had enough")
+    return real(*args)
+ppo.gae = gae
+ppo.main(ppo.tyro.cli(ppo.Args))
+""")
+    began = time.time()
+    done = subprocess.run([*TWO_RANKS, str(worker), *runs.flags, f"--output_dir={tmp_path / 'run'}"], cwd=ROOT,
+                          env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and time.time() - began < 60
+    first = done.stderr.split("Traceback (most recent call last)")[1]
+    assert "rank 1 has had enough" in first
+
+
+def test_a_stuck_collective_ends_at_its_time_limit(runs, tmp_path):
+    """Rank 1 sleeps for ever: with --timeout_minutes 0.1 rank 0 gives up, and the launcher ends the job, to which it gives
+    30 seconds."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import ppo
+real = ppo.gae
+def gae(*args):
+    if os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return real(*args)
+ppo.gae = gae
+ppo.main(ppo.tyro.cli(ppo.Args))
+""")
+    began = time.time()
+    done = subprocess.run([*TWO_RANKS, str(worker), *runs.flags, "--timeout_minutes=0.1", f"--output_dir={tmp_path / 'run'}"],
+                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and time.time() - began < 90
+    assert "imed out" in done.stderr

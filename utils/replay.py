@@ -1,0 +1,76 @@
+"""Look at the batch that stopped a run with NaN or infinity: python -m utils.replay runs/ppo/bad_batch_rank0.pt
+
+Says which quantity was the first and in which rows it is not finite, then reads every row again, alone, with the model
+that the run began with, or with --model FOLDER. A row that is not finite there is the data's fault (or the model's); where
+all are finite the weights went wrong on the way, and a lower learning rate is what to try. The run itself repeats its
+last steps, up to the bad one, with --resume.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from utils.launch import fail
+from utils.models import load_causal_lm, load_classifier, load_tokenizer
+
+
+@dataclass
+class Args:
+    file: Annotated[Path, tyro.conf.Positional]
+    """bad_batch_rank0.pt of a run"""
+    model: str | None = None
+    """Hugging Face folder to read the rows with, a language or reward model; default: what the run began with"""
+
+
+def sequences_of(batch, tokenizer):
+    """Token ids of each row of a saved batch: queries and responses as they were, or texts put together."""
+    if "queries" in batch:
+        return [list(query) + [token for token in response if token != tokenizer.pad_token_id]
+                for query, response in zip(batch["queries"], batch["responses"].tolist())]
+    sides = [side for side in ("text", "completion", "chosen", "rejected") if side in batch["rows"][0]]
+    return [tokenizer(row.get("prompt", "") + row[side]).input_ids for row in batch["rows"] for side in sides]
+
+
+@torch.no_grad()
+def read_again(model, ids):
+    """What a model makes of one row: mean negative log-likelihood of its tokens, or a reward model's score."""
+    logits = model(input_ids=torch.tensor([ids])).logits
+    return float(logits if logits.ndim == 2 else torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(ids[1:])))
+
+
+def main(args):
+    if not args.file.is_file():
+        fail(f"{args.file}: no such file. A run that stops on NaN or infinity writes bad_batch_rank0.pt into its folder")
+    saved = torch.load(args.file, weights_only=True)
+    path = args.model or saved["args"].get("sft_model") or saved["args"]["model"]
+    print(f"step {saved['step']}: the first quantity that is not finite is {saved['first_bad']}")
+    for name, values in saved["quantities"].items():
+        rows = (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero()[:, 0] if values.ndim else []
+        if len(rows):
+            print(f"  {name}: not finite in {len(rows)} of {len(values)} rows, the first is {int(rows[0])}")
+        elif not values.ndim:
+            print(f"  {name}: {float(values):.4g}")
+    tokenizer = load_tokenizer(path, "--model")
+    scores = "score.weight" in " ".join(weights_of(path))
+    model = (load_classifier if scores else load_causal_lm)(path, "--model", tokenizer).eval()
+    print(f"\nEach row alone, read by {path} ({'its score' if scores else 'mean negative log-likelihood of a token'}):")
+    bad = 0
+    for row, ids in enumerate(sequences_of(saved["batch"], tokenizer)):
+        value = read_again(model, ids)
+        bad += not torch.isfinite(torch.tensor(value))
+        print(f"{row:>6}  {len(ids):>5} tokens  {value:10.4f}  {tokenizer.decode(ids)!r:.70}")
+    print(f"\n{bad} rows are not finite here" if bad else "\nAll rows are finite here: the weights went wrong, not the rows")
+
+
+def weights_of(path):
+    """Names of the weights in a folder's safetensors files."""
+    from safetensors import safe_open
+
+    return [name for file in Path(path).glob("*.safetensors") for name in safe_open(file, "pt").keys()]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
