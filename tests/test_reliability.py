@@ -27,6 +27,7 @@ import utils.replay
 from experiments.kill_resume import COMMON, FLAGS, PLACES, Runs, differences
 from test_launch import environment
 from utils.launch import end_in_one_line
+from utils.run import choose_folder, load_checkpoint, open_folder
 
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -130,6 +131,26 @@ def test_sigterm_in_the_other_scripts(script, name, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_kill_while_an_earlier_run_is_deleted_can_be_repeated(runs, tmp_path, monkeypatch):
+    """--overwrite, stopped with some files of the earlier run gone: the same command then works."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs.reference()[0], folder)
+    args = ppo.tyro.cli(ppo.Args, args=[*runs.flags, f"--output_dir={folder}", "--overwrite"])
+    real = shutil.rmtree
+
+    def rmtree(path):
+        real(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            open_folder(choose_folder(args, "ppo"), args, "ppo")
+    assert (folder / "args.json").is_file()
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
+    assert [file.name for file in folder.iterdir()] == ["args.json"]
+
+
 # ---- Disks ------------------------------------------------------------------------------------------------
 
 
@@ -216,8 +237,6 @@ def test_damaged_checkpoints_are_passed_over(runs, damage, tmp_path, capsys):
     class Engine:
         def load_checkpoint(self, path, tag):
             loaded.append((Path(path).name, tag))
-
-    from utils.run import load_checkpoint
 
     state = load_checkpoint(tmp_path / "run", {"policy": Engine()})
     assert f"{newest} is damaged" in capsys.readouterr().out

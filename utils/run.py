@@ -77,8 +77,12 @@ def open_folder(folder, args, name):
     def make():  # on rank 0; returns whether another run was faster
         if (folder / "args.json").exists() and not (args.overwrite or _to_do_again(folder, args, name)):
             return True
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)  # it is there still where it is a mounted disk
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():  # args.json is replaced last: a run that is killed here can be given again
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            elif old.name != "args.json":
+                old.unlink()
         _write(folder / "args.json", json.dumps(_comparable(args, name), indent=1) + "\n")
 
     if not getattr(args, "resume", False) and from_rank0(make):
