@@ -1,9 +1,9 @@
 """Kill runs anywhere and resume them: python -m experiments.kill_resume --script ppo --trials 20
 
-A short run is made once without a kill, which also counts how often each place below is passed. Then, for every trial, the
-run is started in a process group of its own, and the whole group gets SIGKILL at one of these places, drawn with the
-occasion from the trial's number, or at a random time. In every second trial the resumed run is killed as well. The last
-process must end the run as if nothing had happened. Compared with the run that was never killed, bit for bit:
+A short run is made once without a kill, which also counts how often each place below is passed. Then, for every trial,
+the run is started in a process group of its own, and the whole group gets SIGKILL at one of these places, drawn with
+the occasion from the trial's number, or at a random time. In every second trial the resumed run is killed as well. The
+last process must end the run as if nothing had happened. Compared with the run that was never killed, bit for bit:
   weights of policy, critic and best policy; every file of the last checkpoint, optimizer states included;
   every line of metrics.jsonl and samples.jsonl; summary.json but for its seconds;
   and TensorBoard's curves: each step of each scalar once, in order, with the value of metrics.jsonl.
@@ -24,8 +24,8 @@ from collections import Counter
 from pathlib import Path
 
 FLAGS = {
-    "sft": ["--model=assets/base", "--train_data={data}/train.jsonl", "--eval_data={data}/validation.jsonl", "--epochs=2",
-            "--batch_size=8", "--num_samples=4", "--log_every=1"],
+    "sft": ["--model=assets/base", "--train_data={data}/train.jsonl", "--eval_data={data}/validation.jsonl",
+            "--epochs=2", "--batch_size=8", "--num_samples=4", "--log_every=1"],
     "reward_model": ["--train_data={data}/preferences_train.jsonl", "--eval_data={data}/preferences_validation.jsonl",
                      "--demonstrations={data}/train.jsonl", "--epochs=2", "--batch_size=8", "--log_every=1"],
     "ppo": ["--prompts={data}/train.jsonl", "--eval_prompts={data}/validation.jsonl", "--total_episodes=48",
@@ -163,7 +163,8 @@ class Runs:
             code, seconds = self.start(folder, counts=str(self.out / "counts.json"))
             if code:
                 raise SystemExit(f"the run without a kill failed: see {folder}.log")
-            record.write_text(json.dumps({"seconds": seconds, "counts": json.loads((self.out / "counts.json").read_text())}))
+            counts = json.loads((self.out / "counts.json").read_text())
+            record.write_text(json.dumps({"seconds": seconds, "counts": counts}))
         return folder, json.loads(record.read_text())
 
     def trial(self, number):
@@ -199,7 +200,8 @@ def differences(whole, folder):
             differs.append(name)
     if not (folder / "summary.json").exists():
         return [*differs, "no summary.json"]
-    one, other = (json.loads((path / "summary.json").read_text()) | {"seconds_this_process": 0} for path in (whole, folder))
+    one, other = (json.loads((path / "summary.json").read_text()) | {"seconds_this_process": 0}
+                  for path in (whole, folder))
     if one != other:
         differs.append("summary.json")
     one, other = (max((path / "checkpoints").glob("step_*")) for path in (whole, folder))
@@ -264,7 +266,8 @@ def main(args):
     good = 0
     print(f"{args.script}.py, {args.ranks} rank(s), ZeRO {args.zero_stage}\n\n| trial | killed | end |\n|-|-|-|")
     for row in done[: args.trials]:
-        kills = "; ".join(f"{place} ({occasion})" if hit else f"not reached: {place}" for place, occasion, hit in row["kills"])
+        kills = "; ".join(f"{place} ({occasion})" if hit else f"not reached: {place}"
+                          for place, occasion, hit in row["kills"])
         good += row["code"] == 0 and not row["differs"]
         print(f"| {row['trial']} | {kills} | {', '.join(row['differs']) or 'the same bits'} |")
     print(f"\n{good} of {args.trials} runs end with the bits of the run that was never killed")

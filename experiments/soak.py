@@ -1,8 +1,8 @@
 """Does anything grow over a long run? python -m experiments.soak
 
-2,000 small updates of ppo.py on the embedded models, with an evaluation and a checkpoint every 100, in one process. After every
-update: resident memory, open files, the bytes of the run's folder (checkpoints apart from the logs), seconds. Asked
-beforehand: memory at update 200 and at the end within 2 %, as many open files, seconds flat, two checkpoints.
+2,000 small updates of ppo.py on the embedded models, with an evaluation and a checkpoint every 100, in one process.
+After every update: resident memory, open files, the bytes of the run's folder (checkpoints apart from the logs), seconds.
+Asked beforehand: memory at update 200 and at the end within 2 %, as many open files, seconds flat, two checkpoints.
 """
 
 import argparse
@@ -40,13 +40,14 @@ def main(args):
         num_ppo_epochs=1, num_eval_prompts=4, eval_every=100, save_every=100))
     with open(args.out / "rows.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    print("\n| update | resident MiB | open files | checkpoints, MiB | all else, MiB | median seconds of the 100 before |\n"
+    print("\n| update | resident MiB | open files | checkpoints, MiB | all else, MiB | seconds, median of 100 updates |\n"
           "|-|-|-|-|-|-|")
     for row in rows[99::100]:
         seconds = statistics.median(other[5] for other in rows[row[0] - 100 : row[0]])
         print("| {} | {:.1f} | {} | {:.1f} | {:.2f} | {:.4f} |".format(*row[:5], seconds))
     early, late = (rows[min(n, len(rows)) - 1] for n in (200, args.updates))
-    print(f"\nresident memory {late[1] / early[1] - 1:+.2%} from update {early[0]} to {late[0]}; open files {early[2]} and {late[2]}")
+    print(f"\nresident memory {late[1] / early[1] - 1:+.2%} from update {early[0]} to {late[0]}; open files {early[2]} and "
+          f"{late[2]}")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         token in value.removesuffix(tokenizer.eos_token) for value in row.values() if isinstance(value, str)
         for token in specials)]
     if special_rows:
-        print0(f"warning: {flag} {path}: {len(special_rows)} rows, the first of them row {special_rows[0]}, hold the text "
-               f"{' or '.join(map(repr, specials))}, which the tokenizer reads as that token")
+        print0(f"warning: {flag} {path}: {len(special_rows)} rows, the first of them row {special_rows[0]}, hold the "
+               f"text {' or '.join(map(repr, specials))}, which the tokenizer reads as that token")
     for i, row in enumerate(rows):
         try:
             rows[i] = standard_row(row, tokenizer, max_prompt_length)
@@ -108,8 +108,8 @@ def _read_csv(path, flag):
         for row in reader:
             rows.append(row)
             if None in row:
-                fail(f"{flag} {path}, line {reader.line_num}: more fields than the first line has. Put text with commas "
-                     'between double quotes, and write " within as ""')
+                fail(f"{flag} {path}, line {reader.line_num}: more fields than the first line has. Put text with "
+                     'commas between double quotes, and write " within as ""')
     except csv.Error as error:
         fail(f"{flag} {path}: the row that begins in line {reader.line_num + 1} cannot be read as CSV ({error})")
     return rows

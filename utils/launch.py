@@ -31,7 +31,8 @@ AT_MOST_1 = {"top_p", "gamma", "lam", "warmup_ratio"}
 def fail(message):
     """End the program with exit code 1 and one line from rank 0. Every rank must come to the same verdict."""
     if rank() == 0:
-        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)  # names from files are in it
+        # names and texts from files are in it: none can break the line or reach the terminal's controls
+        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
         print(f"error: {line}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
@@ -68,7 +69,7 @@ def disk_fault(error):
             errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
         return f"{error.filename or 'a file'}: {error.strerror}"
     told = str(error).strip()
-    if "inline_container" in told or type(error).__name__ == "SafetensorError" and "error" in told:  # torch, safetensors
+    if "inline_container" in told or type(error).__name__ == "SafetensorError":  # torch.save, safetensors
         return told.splitlines()[0]
     return None
 

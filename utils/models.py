@@ -115,8 +115,8 @@ def load_classifier(path, flag, tokenizer, bf16=False, new_head=False):
 def _load(auto_class, path, flag, bf16, **options):
     check_folder(path, flag, "config.json", "It is not a Hugging Face model folder")
     if not allowed["pickle"]:
-        check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to safetensors, "
-                     "or pass --allow_pickle if you trust them")
+        check_folder(path, flag, "*.safetensors", "Pickled weights can run code when loaded: convert them to "
+                     "safetensors, or pass --allow_pickle if you trust them")
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
         model, loaded = auto_class.from_pretrained(

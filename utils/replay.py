@@ -1,9 +1,9 @@
 """Look at the batch that stopped a run with NaN or infinity: python -m utils.replay runs/ppo/bad_batch_rank0.pt
 
 Says which quantity was the first and in which rows it is not finite, then reads every row again, alone, with the model
-that the run began with, or with --model FOLDER. A row that is not finite there is the data's fault (or the model's); where
-all are finite the weights went wrong on the way, and a lower learning rate is what to try. The run itself repeats its
-last steps, up to the bad one, with --resume.
+that the run began with, or with --model FOLDER. A row that is not finite there is the fault of the data (or of that
+model); where all are finite the weights went wrong on the way, and a lower learning rate is what to try. The run itself
+repeats its last steps, up to the bad one, with --resume.
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,14 @@ def sequences_of(batch, tokenizer):
 def read_again(model, ids):
     """What a model makes of one row: mean negative log-likelihood of its tokens, or a reward model's score."""
     logits = model(input_ids=torch.tensor([ids])).logits
-    return float(logits if logits.ndim == 2 else torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(ids[1:])))
+    if logits.ndim == 2:
+        return float(logits)
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor(ids[1:])))
 
 
 def main(args):
     if not args.file.is_file():
-        fail(f"{args.file}: no such file. A run that stops on NaN or infinity writes bad_batch_rank0.pt into its folder")
+        fail(f"{args.file}: no such file. A run that NaN or infinity stops writes bad_batch_rank0.pt into its folder")
     saved = torch.load(args.file, weights_only=True)
     path = args.model or saved["args"].get("sft_model") or saved["args"]["model"]
     print(f"step {saved['step']}: the first quantity that is not finite is {saved['first_bad']}")
@@ -62,7 +64,8 @@ def main(args):
         value = read_again(model, ids)
         bad += not torch.isfinite(torch.tensor(value))
         print(f"{row:>6}  {len(ids):>5} tokens  {value:10.4f}  {tokenizer.decode(ids)!r:.70}")
-    print(f"\n{bad} rows are not finite here" if bad else "\nAll rows are finite here: the weights went wrong, not the rows")
+    print(f"\n{bad} rows are not finite here" if bad else
+          "\nAll rows are finite here: the weights went wrong, not the rows")
 
 
 def weights_of(path):

@@ -237,9 +237,9 @@ def interrupted(device):
 
 
 def leave_interrupted(folder, step):
-    """End after SIGTERM, once the checkpoint of this step is written: a file INTERRUPTED, exit code 75 ("try again")."""
+    """End after SIGTERM, with the checkpoint of this step complete: a file INTERRUPTED, exit code 75 ("try again")."""
     if rank() == 0:
-        _write(folder / "INTERRUPTED", f"SIGTERM came; the checkpoint of step {step} is complete. Go on with --resume\n")
+        _write(folder / "INTERRUPTED", f"by SIGTERM; the checkpoint of step {step} is complete. Go on with --resume\n")
     print0(f"SIGTERM: stopped after step {step}, go on with --resume --output_dir {folder}")
     finish()
     raise SystemExit(75)
@@ -371,7 +371,7 @@ def stop_if_not_finite(quantities, batch, folder, step):
         args = _read_record(folder / "args.json")
         torch.save({"step": step, "first_bad": bad, "quantities": quantities, "batch": batch, "args": args}, file)
         message = (f"step {step}: {bad} is not finite. The batch is saved, the last checkpoint is untouched. See which "
-                   f"row it is with `python -m utils.replay {file}`; start anew with a lower learning rate if it is none")
+                   f"row it is with `python -m utils.replay {file}`; if none, start anew with a lower learning rate")
     place, message = min(gather_rows([(place, message or "")]))  # of the rank where it came first
     if message:
         fail(message)
