@@ -1,8 +1,8 @@
 """Kill runs anywhere and resume them: python -m experiments.kill_resume --script ppo --trials 20
 
 A short run is made once without a kill, which also counts how often each place below is passed. Then, for every trial,
-the run is started in a process group of its own, and the whole group gets SIGKILL at one of these places, drawn with
-the occasion from the trial's number, or at a random time. In every second trial the resumed run is killed as well. The
+the run is started, and all its processes get SIGKILL, launcher and ranks, when one of them is at one of these places,
+drawn with the occasion from the trial's number, or at a random time. In every second trial the resumed run is killed as well. The
 last process must end the run as if nothing had happened. Compared with the run that was never killed, bit for bit:
   weights of policy, critic and best policy; every file of the last checkpoint, optimizer states included;
   every line of metrics.jsonl and samples.jsonl; summary.json but for its seconds;
@@ -22,6 +22,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+import psutil
 
 FLAGS = {
     "sft": ["--model=assets/base", "--train_data={data}/train.jsonl", "--eval_data={data}/validation.jsonl",
@@ -43,7 +45,8 @@ PLACES = {  # where: (module, name of what is called there, whether the kill com
     "after a checkpoint's rename": ("pathlib.Path", "rename", "after"),
     "while an old checkpoint is deleted": ("shutil", "rmtree", "middle"),
     "inside a line of metrics.jsonl": ("json", "dumps", "line"),
-    "while metrics.jsonl is cut for the resumed run": ("os", "replace", "before"),
+    "before a written file is put in its place": ("os", "replace", "before"),
+    "while metrics.jsonl is cut for the resumed run": ("utils.run", "_write", "before"),
     "before the last weights": ("SCRIPT", "save_model", "before"),
     "before the model card": ("SCRIPT", "model_card", "before"),
     "before the summary": ("utils.run.Tracker", "close", "before"),
@@ -64,9 +67,21 @@ def find(script, module):
         return getattr(importlib.import_module(parent), name)
 
 
+def kill_all(root):
+    """SIGKILL for all that a process has started, in whatever group, and then for itself; this process alone is left."""
+    started = [process for process in root.children(recursive=True) if process.pid != os.getpid()]
+    for process in started:
+        process.kill()
+    psutil.wait_procs(started, timeout=60)
+    if root.pid != os.getpid():
+        root.kill()
+
+
 def kill_everything():
-    os.killpg(0, signal.SIGKILL)
-    time.sleep(60)
+    """From inside: the launcher and the other ranks, then this process."""
+    me = psutil.Process()
+    kill_all(me.parent() if "TORCHELASTIC_RUN_ID" in os.environ else me)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_the_middle(name, args):
@@ -99,9 +114,9 @@ def worker(script, place, occasion, counts_file, flags):
             now = where == place and passed[where] == occasion
             if now and when == "middle":
                 in_the_middle(name, args)
-            if now and when == "line" and isinstance(args[0], dict) and "step" in args[0]:
-                folder = next(flag.partition("=")[2] for flag in flags if flag.startswith("--output_dir="))
-                with open(Path(folder, "metrics.jsonl"), "a") as file:
+            metrics = Path(next(flag.partition("=")[2] for flag in flags if "--output_dir" in flag), "metrics.jsonl")
+            if now and when == "line" and metrics.exists():
+                with open(metrics, "a") as file:
                     file.write(original(*args)[:20])
             if now and when != "after":
                 kill_everything()
@@ -150,7 +165,7 @@ class Runs:
             try:
                 process.wait(after)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill_all(psutil.Process(process.pid))
             process.wait()
         return process.returncode, time.time() - began
 
@@ -168,22 +183,30 @@ class Runs:
         return folder, json.loads(record.read_text())
 
     def trial(self, number):
+        """Kill at the number-th place, in odd trials also at one drawn; returns what was done and what differs."""
+        draw, places = random.Random(number), [
+            place for place in PLACES if PLACES[place] is None or self.reference()[1]["counts"].get(place)]
+        first = places[number % len(places)]
+        if first == "while metrics.jsonl is cut for the resumed run":  # so something has to be killed before
+            return self.killed(number, ["before a training step", first], draw)
+        return self.killed(number, [first, draw.choice(places)][: 1 + number % 2], draw)
+
+    def killed(self, number, at, draw):
         whole, record = self.reference()
-        draw, folder = random.Random(number), self.out / f"trial_{number}"
+        folder = self.out / f"trial_{number}"
         shutil.rmtree(folder, ignore_errors=True)
-        places = [place for place in PLACES if PLACES[place] is None or record["counts"].get(place)]
-        kills = []
-        for turn in range(1 + number % 2):
-            place = places[number % len(places)] if turn == 0 else draw.choice(places)
+        kills, code = [], None
+        for place in at:
             if PLACES[place] is None:
                 after = draw.uniform(0.3, 1.0) * record["seconds"]
                 code, _ = self.start(folder, after=after)
-                kills.append([place, f"{after:.1f} s", code != 0])
+                kills.append([place, f"{after:.1f} s", code == -signal.SIGKILL])
             else:
-                occasion = draw.randint(1, record["counts"][place])
+                most = 3 if "is cut" in place else record["counts"][place]  # metrics, times and samples
+                occasion = draw.randint(1, most)
                 code, _ = self.start(folder, place, occasion)
-                kills.append([place, f"{occasion} of {record['counts'][place]}", code != 0])
-            if code == 0:  # nothing was left to kill
+                kills.append([place, f"{occasion} of {most}", code == -signal.SIGKILL])
+            if not kills[-1][2]:  # nothing was left to kill, or the run failed
                 break
         if kills[-1][2]:
             code, _ = self.start(folder)
@@ -229,7 +252,9 @@ def same(one, other):
             return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
         if isinstance(a, (list, tuple)):
             return len(a) == len(b) and all(map(equal, a, b))
-        return type(a) is type(b) and (a == b or vars(a).keys() == vars(b).keys() if hasattr(a, "__dict__") else a == b)
+        if hasattr(a, "__dict__") and not callable(a):
+            return type(a) is type(b) and equal(vars(a), vars(b))
+        return type(a) is type(b) and a == b
 
     return equal(*(torch.load(file, weights_only=False) for file in (one, other)))
 
@@ -271,6 +296,7 @@ def main(args):
         good += row["code"] == 0 and not row["differs"]
         print(f"| {row['trial']} | {kills} | {', '.join(row['differs']) or 'the same bits'} |")
     print(f"\n{good} of {args.trials} runs end with the bits of the run that was never killed")
+    raise SystemExit(good < args.trials)
 
 
 if __name__ == "__main__":

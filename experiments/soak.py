@@ -1,7 +1,7 @@
 """Does anything grow over a long run? python -m experiments.soak
 
 2,000 small updates of ppo.py on the embedded models, with an evaluation and a checkpoint every 100, in one process.
-After every update: resident memory, open files, the bytes of the run's folder (checkpoints apart from the logs), seconds.
+After every update: resident memory, open files, bytes of the folder (checkpoints apart from the logs), seconds.
 Asked beforehand: memory at update 200 and at the end within 2 %, as many open files, seconds flat, two checkpoints.
 """
 
@@ -46,8 +46,10 @@ def main(args):
         seconds = statistics.median(other[5] for other in rows[row[0] - 100 : row[0]])
         print("| {} | {:.1f} | {} | {:.1f} | {:.2f} | {:.4f} |".format(*row[:5], seconds))
     early, late = (rows[min(n, len(rows)) - 1] for n in (200, args.updates))
-    print(f"\nresident memory {late[1] / early[1] - 1:+.2%} from update {early[0]} to {late[0]}; open files {early[2]} and "
-          f"{late[2]}")
+    growth, kept = late[1] / early[1] - 1, len(list((folder / "checkpoints").iterdir()))
+    print(f"\nresident memory {growth:+.2%} from update {early[0]} to {late[0]}; open files {early[2]} and {late[2]}; "
+          f"{kept} checkpoints")
+    raise SystemExit(not (abs(growth) < 0.02 and early[2] == late[2] and kept <= 2))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The whole kill matrix is experiments/kill_resume.py; here is a short form of it.
 import errno
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -24,7 +25,7 @@ import ppo
 import reward_model
 import sft
 import utils.replay
-from experiments.kill_resume import COMMON, FLAGS, PLACES, Runs, differences
+from experiments.kill_resume import Runs, differences
 from test_launch import environment
 from utils.launch import end_in_one_line
 from utils.run import choose_folder, load_checkpoint, open_folder
@@ -59,13 +60,21 @@ def wait_for_step(folder, step):
 # ---- Kills ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["half a file into a checkpoint", "while metrics.jsonl is cut for the resumed run"])
-def test_killed_run_ends_with_the_same_bits(runs, place):
-    """SIGKILL in the middle of a checkpoint's file and, resumed, at a second place: the end is bit-identical."""
-    number = list(PLACES).index(place) + len(PLACES) * (list(PLACES).index(place) % 2 == 0)  # an odd one: killed twice
-    result = runs.trial(number)
-    assert result["kills"][0][0] == place and result["kills"][0][2], result
+def test_killed_run_ends_with_the_same_bits(runs):
+    """SIGKILL in the middle of a checkpoint's file, resumed, while metrics.jsonl is cut, and, resumed again, inside an
+    update: the end is bit-identical."""
+    places = ["half a file into a checkpoint", "while metrics.jsonl is cut for the resumed run", "inside an update"]
+    result = runs.killed(0, places, random.Random(1))
+    assert [place for place, _, hit in result["kills"] if hit] == places, result
     assert result["code"] == 0 and result["differs"] == []
+
+
+def test_killed_before_its_first_file_a_run_can_be_given_again(runs, tmp_path):
+    """SIGKILL when args.json is written but not yet in its place: the same command then works."""
+    code, _ = runs.start(tmp_path / "run", "before a written file is put in its place", 1)
+    assert code == -signal.SIGKILL and [file.name for file in (tmp_path / "run").iterdir()] == ["args.json.unfinished"]
+    args = ppo.tyro.cli(ppo.Args, args=[*runs.flags, f"--output_dir={tmp_path / 'run'}"])
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
 
 
 def test_differences_are_seen(runs, tmp_path):
@@ -167,7 +176,7 @@ def test_full_disk_ends_in_one_line_and_loses_nothing(runs, tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     out, err = process.communicate(timeout=100)
     assert process.returncode == 1 and "Traceback" not in err
-    assert err.count("error: rank 0: ") == 1 and "File too large" in err and "go on with --resume" in err, err
+    assert err.count("error: rank 0: ") == 1 and "File too large" in err and "--resume a run that has one" in err, err
     assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_0000002"]
     process = start(runs, folder, "--resume")
     out, err = process.communicate(timeout=100)

@@ -1,6 +1,7 @@
 """Plumbing for data: files and Hub sets into rows, permutations, padding, and a word on what was read."""
 
 import csv
+import glob
 import importlib
 import io
 import json
@@ -19,6 +20,8 @@ from utils.launch import fail, fail_together, gather_rows, print0, rank, world_s
 from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+ANSWERS = {"text", "completion", "chosen", "rejected", "reference_response"}
+TEXTS = ANSWERS | {"prompt", "query", "messages", "info", "summaries", "title", "post", "summary"}
 
 
 def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
@@ -30,7 +33,11 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         the first one that the rows have counts: it must be text in every row, and the other alternatives are dropped.
     """
     file = Path(path)
-    if file.is_file():
+    try:
+        is_file = file.is_file()
+    except OSError as error:
+        fail(f"{flag} {path:.80}: {error.strerror}")
+    if is_file:
         if file.suffix not in FORMATS:
             fail(f"{flag} {path}: unknown kind of file. Understood: {', '.join(FORMATS)}, a folder or a Hub id")
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
@@ -44,7 +51,7 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
     found = ", ".join(map(str, rows[0]))
     specials = [token for token in (tokenizer.eos_token, tokenizer.pad_token) if token]
     special_rows = [i for i, row in enumerate(rows, 1) if any(
-        token in value.removesuffix(tokenizer.eos_token) for value in row.values() if isinstance(value, str)
+        token in text for name in TEXTS & set(row) for text in _texts(name, row[name], tokenizer.eos_token)
         for token in specials)]
     if special_rows:
         print0(f"warning: {flag} {path}: {len(special_rows)} rows, the first of them row {special_rows[0]}, hold the "
@@ -66,15 +73,24 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
     for number, row in enumerate(rows, 1):
         for name in others & set(row):
             del row[name]
+        for name, value in row.items():
+            try:
+                str(value).encode()
+            except UnicodeEncodeError as error:
+                fail(f"{flag} {path}, row {number}: column {name!r} has half a character (a lone surrogate, "
+                     f"{error.object[error.start]!r}) at place {error.start + 1}. Remove it")
         for name in wanted:
             if not isinstance(row.get(name), str):
                 fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
-            try:
-                row[name].encode()
-            except UnicodeEncodeError as error:
-                fail(f"{flag} {path}, row {number}: column {name!r} has half a character (a lone surrogate, "
-                     f"{row[name][error.start]!r}) at place {error.start + 1}. Remove it")
     return rows
+
+
+def _texts(name, value, eos):
+    """The texts in a column, those of messages too; EOS at the end of an answer is not part of it."""
+    if isinstance(value, str):
+        yield value.removesuffix(eos) if name in ANSWERS else value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts("", inner, eos)
 
 
 def _read_jsonl(path, flag):
@@ -150,9 +166,11 @@ def _read_with_datasets(path, flag):
     try:
         name, _, split = path.partition(":")
         if path.endswith(".parquet"):
-            table = datasets.load_dataset("parquet", data_files=path, split="train")
+            table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
         elif (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(name)
+            if split and not isinstance(table, datasets.DatasetDict):
+                raise ValueError("it has no splits: leave out what follows the colon")
             table = table[split or "train"] if isinstance(table, datasets.DatasetDict) else table
         else:
             table = datasets.load_dataset(name, split=split or "train")
@@ -192,7 +210,9 @@ def read_responses(path, prompts, tokenizer):
     Of an evaluation's own samples.jsonl the references are passed over.
     """
     found, models = {}, set()
-    for row in load_rows(path, "--models", [("prompt", "response")], tokenizer):
+    for number, row in enumerate(load_rows(path, "--models", [("prompt", "response")], tokenizer), 1):
+        if not isinstance(row.get("ended"), (bool, type(None))):
+            fail(f"--models {path}, row {number}: ended must be true, false or null, found {row['ended']!r:.60}")
         if row.get("model") != "references":
             found.setdefault(row["prompt"], []).append(as_answer(row["response"], tokenizer, row.get("ended")))
             models.add(str(row.get("model")))

@@ -79,8 +79,8 @@ def end_in_one_line(kind, error, trace):
     told = disk_fault(error)
     if told is None:
         return sys.__excepthook__(kind, error, trace)
-    print(f"error: rank {rank()}: {told}. Checkpoints that were complete are untouched: mend the disk, then go on "
-          "with --resume", file=sys.stderr, flush=True)
+    print(f"error: rank {rank()}: {told}. Complete checkpoints are untouched: mend the disk, then --resume a run that "
+          "has one", file=sys.stderr, flush=True)
 
 
 def print0(*args):
@@ -107,7 +107,7 @@ def init_distributed(timeout_minutes=30.0):
     at run time, and a machine without a C compiler would stop there.
     """
     sys.excepthook = end_in_one_line
-    threading.excepthook = lambda thread: end_in_one_line(*thread[:3])
+    threading.excepthook = lambda thread: thread[0] is SystemExit or end_in_one_line(*thread[:3])
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # here and not above, so that --help and errors in the arguments come at once

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ def load_tokenizer(path, flag):
     """
     check_folder(path, flag, "token*", "Save the model's tokenizer there with tokenizer.save_pretrained")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with tempfile.TemporaryDirectory() as trial:  # it is saved with every model: not to find out after training
+            tokenizer.save_pretrained(trial)
     except Exception as error:
         fail(f"{flag} {path}: cannot load a tokenizer from it ({first_line(error)}). "
              "Save one there with tokenizer.save_pretrained")
@@ -120,7 +123,8 @@ def _load(auto_class, path, flag, bf16, **options):
     dtype = torch.bfloat16 if bf16 else torch.float32
     try:
         model, loaded = auto_class.from_pretrained(
-            path, dtype=dtype, use_safetensors=None if allowed["pickle"] else True, output_loading_info=True, **options)
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=None if allowed["pickle"] else True,
+            output_loading_info=True, **options)
     except Exception as error:
         fail(f"{flag} {path}: cannot load a model from it ({first_line(error)})")
     bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
@@ -192,14 +196,19 @@ def count_parameters(model):
 def save_model(engine, model, tokenizer, folder):
     """Write a plain Hugging Face folder from an engine [E17]. `model` is the Hugging Face model inside it.
 
-    Every rank must call it. The model is reloaded by transformers' own classes without any of our code.
+    Every rank must call it. The model is reloaded by transformers' own classes without any of our code. Each file is
+    whole or as it was before.
     """
     state = full_state_dict(engine)
     if rank() == 0:
         inner = next((name + "." for name, m in engine.module.named_modules() if m is model and name), "")
         state = {name.removeprefix(inner): tensor for name, tensor in state.items()}
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+        unfinished = Path(folder, "unfinished")
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        for file in unfinished.iterdir():
+            os.replace(file, Path(folder, file.name))
+        unfinished.rmdir()
 
 
 def decode_responses(tokenizer, queries, responses):

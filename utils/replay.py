@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from utils.launch import fail
+from utils.launch import allowed, fail
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
 
 
@@ -25,13 +25,14 @@ class Args:
     """Hugging Face folder to read the rows with, a language or reward model; default: what the run began with"""
 
 
-def sequences_of(batch, tokenizer):
+def sequences_of(batch, script, tokenizer):
     """Token ids of each row of a saved batch: queries and responses as they were, or texts put together."""
     if "queries" in batch:
         return [list(query) + [token for token in response if token != tokenizer.pad_token_id]
                 for query, response in zip(batch["queries"], batch["responses"].tolist())]
-    sides = [side for side in ("text", "completion", "chosen", "rejected") if side in batch["rows"][0]]
-    return [tokenizer(row.get("prompt", "") + row[side]).input_ids for row in batch["rows"] for side in sides]
+    sides = ("completion", "text") if script == "sft" else ("chosen", "rejected")
+    return [tokenizer((row["prompt"] if side != "text" else "") + row[side]).input_ids
+            for row in batch["rows"] for side in sides if side in row]
 
 
 @torch.no_grad()
@@ -46,8 +47,12 @@ def read_again(model, ids):
 def main(args):
     if not args.file.is_file():
         fail(f"{args.file}: no such file. A run that NaN or infinity stops writes bad_batch_rank0.pt into its folder")
-    saved = torch.load(args.file, weights_only=True)
-    path = args.model or saved["args"].get("sft_model") or saved["args"]["model"]
+    try:
+        saved = torch.load(args.file, weights_only=True)
+        path = args.model or saved["args"].get("sft_model") or saved["args"]["model"]
+    except Exception:
+        fail(f"{args.file}: this is no bad_batch_rank0.pt of a run, or it is damaged")
+    allowed["pickle"] = saved["args"]["allow_pickle"]
     print(f"step {saved['step']}: the first quantity that is not finite is {saved['first_bad']}")
     for name, values in saved["quantities"].items():
         rows = (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero()[:, 0] if values.ndim else []
@@ -60,8 +65,8 @@ def main(args):
     model = (load_classifier if scores else load_causal_lm)(path, "--model", tokenizer).eval()
     print(f"\nEach row alone, read by {path} ({'its score' if scores else 'mean negative log-likelihood of a token'}):")
     bad = 0
-    for row, ids in enumerate(sequences_of(saved["batch"], tokenizer)):
-        value = read_again(model, ids)
+    for row, ids in enumerate(sequences_of(saved["batch"], saved["args"]["script"], tokenizer)):
+        value = read_again(model, ids) if len(ids) > 1 else 0.0  # one token has none before it
         bad += not torch.isfinite(torch.tensor(value))
         print(f"{row:>6}  {len(ids):>5} tokens  {value:10.4f}  {tokenizer.decode(ids)!r:.70}")
     print(f"\n{bad} rows are not finite here" if bad else

@@ -1,8 +1,10 @@
 """A run's folder: where it is written, checkpoints that can be trusted, exact resume, metrics and samples."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 
 from utils.launch import all_max, barrier, fail, finish, from_rank0, gather_rows, print0, rank, world_size
+
+_locked = []  # the open folder of this process's run
 
 # Flags that may change when a run is resumed: they alter no weight.
 FREE_ON_RESUME = {
@@ -54,7 +58,9 @@ def choose_folder(args, name):
             if (folder / "summary.json").is_file():
                 return folder, f"--resume {folder}: this run is complete, there is nothing to resume"
             return folder, None
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or {file.name for file in folder.iterdir()} - {"args.json.unfinished"}
+        ):
             if not args.overwrite:
                 go_on = "Continue that run with --resume, replace" if hasattr(args, "resume") else "Replace"
                 return folder, f"--output_dir {folder}: in use. {go_on} it with --overwrite, or choose another folder"
@@ -65,7 +71,13 @@ def choose_folder(args, name):
                     return folder, f"--overwrite {folder}: --{flag} {path} lies in it. Choose another --output_dir"
         return folder, None
 
-    folder, wrong = from_rank0(decide)
+    def decide_or_say():
+        try:
+            return decide()
+        except OSError as error:
+            return None, f"--output_dir {args.output_dir}: {error.strerror}"
+
+    folder, wrong = from_rank0(decide_or_say)
     if wrong:
         fail(wrong)
     return folder
@@ -74,22 +86,43 @@ def choose_folder(args, name):
 def open_folder(folder, args, name):
     """Make the folder of a new run, without what --overwrite replaces, and write args.json."""
 
-    def make():  # on rank 0; returns whether another run was faster
+    def make():  # on rank 0; returns what is wrong or None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"cannot make this folder ({error.strerror})"
+        if not _lock(folder):
+            return "another process is writing there. Wait for its end, or choose another folder"
+        if getattr(args, "resume", False):
+            (folder / "INTERRUPTED").unlink(missing_ok=True)
+            return None
         if (folder / "args.json").exists() and not (args.overwrite or _to_do_again(folder, args, name)):
-            return True
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():  # args.json is replaced last: a run that is killed here can be given again
+            return "another run has begun there in the meantime. Give this one a folder of its own"
+        _write(folder / "args.json", json.dumps({"script": name}))  # whoever is killed here can give --overwrite again
+        for old in folder.iterdir():
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             elif old.name != "args.json":
                 old.unlink()
         _write(folder / "args.json", json.dumps(_comparable(args, name), indent=1) + "\n")
 
-    if not getattr(args, "resume", False) and from_rank0(make):
-        fail(f"--output_dir {folder}: another run has begun there in the meantime. Give this one a folder of its own")
-    if rank() == 0:
-        (folder / "INTERRUPTED").unlink(missing_ok=True)
-    barrier()
+    wrong = from_rank0(make)
+    if wrong:
+        fail(f"--output_dir {folder}: {wrong}")
+
+
+def _lock(folder):
+    """Whether this process alone may write to a folder, until it ends or opens another one."""
+    while _locked:
+        os.close(_locked.pop())
+    _locked.append(os.open(folder, os.O_RDONLY))
+    try:
+        fcntl.flock(_locked[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def _to_do_again(folder, args, name):
@@ -122,8 +155,9 @@ def _paths(args):
     """(flag, Path) of every flag that names something on this disk, but for the output folder."""
     for flag, value in vars(args).items():
         for part in value if isinstance(value, tuple) else [value]:
-            if isinstance(part, str) and part and flag != "output_dir" and Path(part).exists():
-                yield flag, Path(part)
+            for name in {part, part.partition(":")[0]} if isinstance(part, str) and flag != "output_dir" else ():
+                if name and Path(name).exists():
+                    yield flag, Path(name)
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
@@ -154,8 +188,10 @@ def save_checkpoint(folder, step, engines, state):
                 os.fsync(handle.fileno())
         shutil.rmtree(finished, ignore_errors=True)  # there after a resume from before it: it was damaged
         unfinished.rename(finished)
-        for old in sorted(checkpoints.glob("step_*"))[:-2]:
-            shutil.rmtree(old)
+        known = sorted(checkpoints.glob("step_[0-9]*"))
+        place = known.index(finished)
+        for other in known[: max(0, place - 1)] + known[place + 1 :]:  # later ones are damaged, or of a run begun anew
+            shutil.rmtree(other)
     barrier()
 
 
@@ -163,10 +199,10 @@ def load_checkpoint(folder, engines):
     """Load the newest checkpoint whose checksums hold into the engines. Returns its state, or None if there is none."""
 
     def newest():  # on rank 0
-        for checkpoint in sorted((folder / "checkpoints").glob("step_*"), reverse=True):
+        for checkpoint in sorted((folder / "checkpoints").glob("step_[0-9]*"), reverse=True):
             try:
-                sums = json.loads((checkpoint / "sha256.json").read_text())
-                if all(_sha256(checkpoint / name) == value for name, value in sums.items()):
+                sums = _read_record(checkpoint / "sha256.json")
+                if "state.json" in sums and all(_sha256(checkpoint / name) == value for name, value in sums.items()):
                     return checkpoint
             except (OSError, ValueError):
                 pass
@@ -223,12 +259,14 @@ def cached_array(file, name, make):
 
 # ---- SIGTERM ----------------------------------------------------------------------------------------------
 
-_sigterm = []  # not empty: it has come
+_sigterm = []  # when it has come
 
 
 def _note_sigterm(*_):
-    _sigterm.append(True)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+    _sigterm.append(time.time())
+    if _sigterm[-1] - _sigterm[0] > 5:  # a later one ends the process at once; launchers pass theirs on besides
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def interrupted(device):
@@ -295,6 +333,10 @@ class Tracker:
     def log(self, step, metrics):
         """Write one row of scalars (numbers or one-element tensors) for this step. Returns it as floats."""
         metrics = {key: float(value) for key, value in metrics.items()}
+        bad = next((key for key, value in metrics.items() if not math.isfinite(value)), None)
+        if bad:  # losses and gradients were looked at before: this is an evaluation
+            fail(f"step {step}: {bad} is {metrics[bad]}. The weights, or the held-out rows, make numbers that are not "
+                 "finite; checkpoints are untouched")
         self.last.update(metrics)
         if self.active:
             for name, is_time in (("metrics.jsonl", False), ("times.jsonl", True)):
@@ -335,15 +377,25 @@ class Tracker:
 
 def _keep_rows_before(file, step):
     if file.is_file():
-        whole = file.read_text().split("\n")[:-1]  # behind the last newline: a line cut off
-        _write(file, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+        whole = file.read_text(errors="replace").split("\n")[:-1]  # behind the last newline: a line cut off
+        steps = [_step_of(line) for line in whole]
+        if None in steps:
+            print0(f"warning: {file}: {steps.count(None)} damaged lines are left out")
+        _write(file, "".join(line + "\n" for line, found in zip(whole, steps) if found is not None and found < step))
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _cell(value):
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " ")):
-        text = text.replace(old, new)
-    return text
+    for char in "&<|[]!`":  # HTML, and markdown: an image would call a stranger's server
+        text = text.replace(char, f"&#{ord(char)};")
+    return " ".join(text.splitlines())
 
 
 def model_card(folder, script, base, data, lines=()):
@@ -369,6 +421,9 @@ def stop_if_not_finite(quantities, batch, folder, step):
         bad, file = list(quantities)[place], folder / f"bad_batch_rank{rank()}.pt"
         quantities = {name: torch.as_tensor(value).detach().cpu() for name, value in quantities.items()}
         args = _read_record(folder / "args.json")
+        if "rows" in batch:  # texts alone: whatever else is in a data set need not be safe to load
+            batch = {"rows": [{key: value for key, value in row.items() if isinstance(value, str)}
+                              for row in batch["rows"]]}
         torch.save({"step": step, "first_bad": bad, "quantities": quantities, "batch": batch, "args": args}, file)
         message = (f"step {step}: {bad} is not finite. The batch is saved, the last checkpoint is untouched. See which "
                    f"row it is with `python -m utils.replay {file}`; if none, start anew with a lower learning rate")
