@@ -623,6 +623,7 @@ def main(args: Args):
         responses, lengths, ended = rollout(
             decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
         engines["policy"].train()
+        # [E28] from here on a rank has rows as long as the others', not those that it sampled
         of_all_ranks = gather_rows(zip(batch_prompts, responses.tolist(), lengths.tolist()))
         mine = deal_by_length([len(ids) + length for (ids, _), _, length in of_all_ranks], args.micro_batch_size)
         batch_prompts, responses, _ = zip(*(of_all_ranks[i] for i in mine))
