@@ -420,8 +420,8 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-SPIED = ("rollout", "sampling_noise", "score_responses", "k3", "token_rewards", "gae", "masked_whiten", "policy_losses",
-         "value_losses", "right_aligned")
+SPIED = ("rollout", "deal_by_length", "sampling_noise", "score_responses", "k3", "token_rewards", "gae", "masked_whiten",
+         "policy_losses", "value_losses", "right_aligned")
 
 
 @pytest.fixture(scope="module")
@@ -588,6 +588,14 @@ def test_detail_e28_ranks_share_a_batch_evenly_and_by_length(monkeypatch, world,
         widths = [sorted((lengths[i] for i in hand), reverse=True)[::size] for hand in hands]
         assert sorted(sum(widths, []), reverse=True) == sorted(lengths, reverse=True)[::size]
         assert len({sum(hand) for hand in widths}) == 1
+
+
+def test_detail_e28_episodes_are_dealt_by_their_whole_length(spied):
+    """After the rollout, by query and response together; then what was dealt is scored and trained on."""
+    calls = spied.calls
+    for u, dealt, scored in zip(spied.updates, calls["deal_by_length"], calls["score_responses"][1:3], strict=True):
+        assert dealt.args == ([len(ids) + length for ids, length in zip(u.prompts, u.lengths.tolist())], 4)
+        assert [len(sequence) for sequence in scored.args[2]] == [dealt.args[0][i] for i in dealt.result]
 
 
 def test_micro_batches_hold_rows_of_like_length_the_longest_first(spied):
