@@ -301,16 +301,17 @@ def test_numbers_that_go_wrong_stop_the_run(first_bad, name, call, change, runs,
 
 @pytest.mark.parametrize("script, more", [(sft, ["--num_samples=0"]), (reward_model, [])], ids=["sft", "reward_model"])
 def test_replay_names_the_rows_that_are_bad_for_the_model(script, more, tmp_path, capsys):
-    """A model that overflows from the 21st position on: sft.py stops at step 1, reward_model.py too where its held-out rows
-    are shorter, and replay finds the rows that are longer."""
+    """A model that overflows from the 21st position on, with short held-out rows: the run stops at step 1, and replay finds
+    the rows that are longer."""
     made, model, folder = Runs(tmp_path / "out", script.__name__, 1, 0), tmp_path / "model", tmp_path / "run"
     tokenizer = sft.load_tokenizer("assets/base", "--model")
     network = GPT2LMHeadModel(GPT2Config(vocab_size=1000, n_positions=128, n_embd=32, n_layer=1, n_head=2))
     network.transformer.wpe.weight.data[20:] = 1e30 * torch.randn(108, 32)
     network.save_pretrained(model)
     tokenizer.save_pretrained(model)
-    held_out = tmp_path / "out/data/preferences_validation.jsonl"
-    held_out.write_text('{"prompt": "She", "chosen": " was", "rejected": " is"}\n')
+    for name in ("validation", "preferences_validation"):
+        (tmp_path / f"out/data/{name}.jsonl").write_text(
+            '{"prompt": "She", "completion": " was", "chosen": " was", "rejected": " is"}\n')
     with pytest.raises(SystemExit):
         script.main(script.tyro.cli(script.Args, args=[
             *made.flags, "--batch_size=24", f"--model={model}", f"--output_dir={folder}", *more]))
@@ -339,9 +340,9 @@ def test_held_out_scores_that_are_not_finite_stop_the_reward_model(tmp_path, cap
 
 
 def test_models_that_are_not_finite(runs, tmp_path, capsys):
-    """NaN in a weight file is refused by name; a policy whose logits overflow stops at update 1 with its log-probabilities."""
+    """NaN in a weight file is refused by name; a policy whose logits overflow stops at its first evaluation."""
     for value, expected in ((float("nan"), "its weight gpt_neox.final_layer_norm.weight has NaN"),
-                            (1e38, "step 1: ref_logprobs is not finite")):
+                            (1e38, "step 0: eval/kl is nan")):
         model = tmp_path / str(value)
         shutil.copytree(ROOT / "assets/sft", model)
         weights = load_file(model / "model.safetensors")
