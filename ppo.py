@@ -479,7 +479,7 @@ def deal_by_length(lengths, micro_batch_size):
     """Which rows of a batch this rank trains on: micro-batches of like lengths, as many on every rank [E28].
 
     Ranks take turns to take a micro-batch from the longest rows left, 0 to last and then last to 0, so that all have
-    about the same work. The paper's ranks keep what they sampled, and wait for the one that has the longest rows.
+    about the same work. The paper's ranks keep what they sampled, and pad every row to the longest that may come.
     """
     by_length, mine = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     share = len(lengths) // world_size()
