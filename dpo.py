@@ -497,7 +497,8 @@ def main(args: Args):
                 sums += torch.stack([losses.sum(), chosen.sum(), rejected.sum(), correct.sum(), *logprobs.sum(1)])
         lr = learning_rate(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
-        stop_if_not_finite({"loss": sums, "grad_norm": grad_norm}, {"rows": [train[i][3] for i in batch]}, folder, step)
+        stop_if_not_finite({"logps": sums[4:], "train/loss": sums[0], "train/grad_norm": grad_norm},
+                           {"rows": [train[i][3] for i in batch]}, folder, step)
         tokens += sum(row_length(train[i]) for i in batch)
 
         # 4. log, evaluate, save

@@ -430,8 +430,8 @@ def main(args: Args):
                                 ).detach()
         lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
-        stop_if_not_finite({"train/loss": sums, "train/grad_norm": grad_norm}, {"rows": [pair[2] for pair in batch]},
-                           folder, step)
+        stop_if_not_finite({"scores": sums[2:], "train/loss": sums[0], "train/grad_norm": grad_norm},
+                           {"rows": [pair[2] for pair in batch]}, folder, step)
         tokens += sum(len(pair[0]) + len(pair[1]) for pair in batch)
 
         # 4. log, evaluate, save

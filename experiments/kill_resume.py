@@ -31,13 +31,17 @@ FLAGS = {
     "reward_model": ["--train_data={data}/preferences_train.jsonl", "--eval_data={data}/preferences_validation.jsonl",
                      "--demonstrations={data}/train.jsonl", "--epochs=2", "--batch_size=8", "--log_every=1"],
     "ppo": ["--prompts={data}/train.jsonl", "--eval_prompts={data}/validation.jsonl", "--total_episodes=48",
-            "--batch_size=8", "--micro_batch_size=4", "--num_ppo_epochs=2", "--num_eval_prompts=8"]}
+            "--batch_size=8", "--micro_batch_size=4", "--num_ppo_epochs=2", "--num_eval_prompts=8"],
+    "dpo": ["--train_data={data}/preferences_train.jsonl", "--eval_data={data}/preferences_validation.jsonl",
+            "--eval_prompts={data}/validation.jsonl", "--num_eval_prompts=8", "--epochs=2", "--batch_size=8",
+            "--log_every=1", "--ref_cache={data}/ref_logprobs"]}
 COMMON = ["--save_every=2", "--eval_every=3"]  # of six steps
 PLACES = {  # where: (module, name of what is called there, whether the kill comes before, after or in the middle of it)
     "before a training step": ("SCRIPT", "optimizer_step", "before"),
     "inside an update": ("torch.optim.AdamW", "step", "after"),
     "inside a rollout": {"ppo": ("SCRIPT", "inverse_cdf", "before"), "sft": ("SCRIPT", "decode_responses", "before"),
-                         "reward_model": ("SCRIPT", "score_sequences", "before")},
+                         "reward_model": ("SCRIPT", "score_sequences", "before"),
+                         "dpo": ("SCRIPT", "decode_responses", "before")},
     "before a line of metrics": ("utils.run.Tracker", "log", "before"),
     "half a file into a checkpoint": ("torch", "save", "middle"),
     "before the checksums are on disk": ("os", "fsync", "before"),
@@ -68,13 +72,13 @@ def find(script, module):
 
 
 def kill_all(root):
-    """SIGKILL for all that a process has started, in whatever group, and then for itself; this process alone is left."""
-    started = [process for process in root.children(recursive=True) if process.pid != os.getpid()]
-    for process in started:
+    """SIGKILL for a process, before it can react to the end of another, and for all that it has started, in whatever
+    group; this process alone is left."""
+    everything = [root, *root.children(recursive=True)]
+    others = [process for process in everything if process.pid != os.getpid()]
+    for process in others:
         process.kill()
-    psutil.wait_procs(started, timeout=60)
-    if root.pid != os.getpid():
-        root.kill()
+    psutil.wait_procs(others, timeout=60)
 
 
 def kill_everything():

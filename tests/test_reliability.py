@@ -12,23 +12,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import dpo
 import ppo
 import reward_model
 import sft
 import utils.replay
+import utils.run
 from experiments.kill_resume import Runs, differences
-from test_launch import environment
-from utils.launch import end_in_one_line
-from utils.run import choose_folder, load_checkpoint, open_folder
+from test_launch import deepspeed_command, environment
+from utils.launch import end_in_one_line, init_distributed
+from utils.run import Tracker, choose_folder, load_checkpoint, open_folder
 
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -44,6 +48,13 @@ def runs(tmp_path_factory):
 def start(runs, folder, *more, launcher=(sys.executable,), **options):
     return subprocess.Popen([*launcher, "ppo.py", *runs.flags, f"--output_dir={folder}", *more], cwd=ROOT, env=environment(),
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def workers_of(launcher):
+    """Process ids of the two ranks that torchrun has started."""
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid), "-f", "ppo.py"], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    return children
 
 
 def wait_for_step(folder, step):
@@ -93,6 +104,15 @@ def test_differences_are_seen(runs, tmp_path):
     found = differences(whole, copy)
     assert found[:2] == ["model.safetensors", "metrics.jsonl"]
     assert f"checkpoint policy/{file.name}" in found and "TensorBoard eval/score" in found
+    for name in ("critic/model.safetensors", "best/model.safetensors", "samples.jsonl"):
+        (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+    (copy / "summary.json").write_text(json.dumps({**json.loads((copy / "summary.json").read_text()), "best_rlhf_reward": 9}))
+    assert set(differences(whole, copy)) - set(found) == {
+        "critic/model.safetensors", "best/model.safetensors", "samples.jsonl", "summary.json"}
+    (copy / "checkpoints/step_0000004").rename(copy / "checkpoints/step_0000003")
+    assert "last checkpoint step_0000003" in differences(whole, copy)
+    (copy / "summary.json").unlink()
+    assert "no summary.json" in differences(whole, copy)
 
 
 def test_sigterm_writes_a_checkpoint_and_exit_code_75(runs, tmp_path):
@@ -115,7 +135,49 @@ def test_sigterm_writes_a_checkpoint_and_exit_code_75(runs, tmp_path):
     assert [name for name in differences(whole, folder) if not name.startswith("last checkpoint")] == []
 
 
-@pytest.mark.parametrize("script, name", [(sft, "sft"), (reward_model, "reward_model")], ids=["sft", "reward_model"])
+def test_sigterm_to_one_of_two_ranks_stops_both_after_one_step(runs, tmp_path):
+    """All ranks learn of it in the same step: the checkpoint is complete, and the launcher reports code 75."""
+    folder = tmp_path / "run"
+    process = start(runs, folder, launcher=TWO_RANKS)
+    wait_for_step(folder, 1)
+    os.kill(int(workers_of(process)[1]), signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    step = int(out.split("SIGTERM: stopped after step ")[1].split(",")[0])
+    assert step < 6 and (folder / "INTERRUPTED").is_file() and process.returncode != 0
+    assert [path.name for path in (folder / "checkpoints").iterdir()][-1:] == [f"step_{step:07d}"]
+    assert "exitcode  : 75" in err, err
+
+
+@pytest.mark.parametrize("seconds_before, code", [(1, 0), (6, -signal.SIGTERM)])
+def test_a_later_sigterm_ends_the_process_at_once(seconds_before, code):
+    """But one that comes within five seconds of the first does not: launchers pass on theirs."""
+    done = subprocess.run([sys.executable, "-c", f"""
+import os, signal, time, utils.run
+signal.signal(signal.SIGTERM, utils.run._note_sigterm)
+os.kill(os.getpid(), signal.SIGTERM)
+utils.run._sigterm[0] -= {seconds_before}
+os.kill(os.getpid(), signal.SIGTERM)
+"""], cwd=ROOT, env=environment())
+    assert done.returncode == code
+
+
+def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
+    """Nothing is left to do: no INTERRUPTED, but the whole run."""
+    made, folder, steps, real = Runs(tmp_path / "out", "sft", 1, 0), tmp_path / "run", [], sft.optimizer_step
+
+    def optimizer_step(*args):
+        steps.append(args)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(sft, "optimizer_step", optimizer_step)
+    sft.main(sft.tyro.cli(sft.Args, args=[*made.flags, f"--output_dir={folder}"]))
+    assert len(steps) == 6 and (folder / "summary.json").is_file() and not (folder / "INTERRUPTED").exists()
+
+
+@pytest.mark.parametrize("script, name", [(sft, "sft"), (reward_model, "reward_model"), (dpo, "dpo")],
+                         ids=["sft", "reward_model", "dpo"])
 def test_sigterm_in_the_other_scripts(script, name, tmp_path, monkeypatch):
     """In this process: SIGTERM inside the second step ends the run after it, with its checkpoint and code 75; then the
     resumed run ends complete, and SIGTERM ends processes at once again."""
@@ -215,21 +277,32 @@ def test_full_disk_in_a_checkpoint_leaves_the_one_before(fault, part, runs, tmp_
     assert differences(whole, folder) == [] and not list((folder / "checkpoints").glob("unfinished_*"))
 
 
-def test_only_a_disks_fault_is_told_in_one_line(capsys):
-    """ENOSPC is one line that names the file; a fault in the code keeps its traceback."""
-    for error, lines in ((OSError(errno.ENOSPC, "No space left on device", "runs/a.pt"), 1), (ValueError("a fault"), 2)):
-        try:
-            raise error
-        except Exception as caught:
-            end_in_one_line(type(caught), caught, caught.__traceback__)
+DISK = [OSError(number, os.strerror(number), "runs/a.pt") for number in (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)]
+
+
+@pytest.mark.parametrize("error", [*DISK, SafetensorError("I/O error: No space left on device (os error 28)")], ids=str)
+def test_a_disks_fault_is_told_in_one_line(error, capsys):
+    """In the main thread and in others, after init_distributed."""
+    init_distributed()
+    for hook in (lambda: sys.excepthook(type(error), error, None),
+                 lambda: threading.excepthook(threading.ExceptHookArgs([type(error), error, None, None]))):
+        hook()
         said = capsys.readouterr().err
-        assert (said.count("\n") == 1) == (lines == 1) and ("Traceback" in said) == (lines == 2)
-        assert "runs/a.pt" in said or lines == 2
+        assert said.startswith("error: rank 0: ") and said.count("\n") == 1 and str(error.args[-1]) in said
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), OSError(errno.ENOENT, "No such file", "a"), KeyError("inline")], ids=str)
+def test_a_fault_in_the_code_keeps_its_traceback(error, capsys):
+    end_in_one_line(type(error), error, None)
+    said = capsys.readouterr().err
+    assert "error: " not in said and type(error).__name__ in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "no sums"])
 def test_damaged_checkpoints_are_passed_over(runs, damage, tmp_path, capsys):
-    """A newest checkpoint whose file is cut, has a flipped bit, or is missing is not used, with a warning; the one before is."""
+    """A newest checkpoint whose file is cut, has a flipped bit, or is missing is not used, with a warning; the one before is,
+    and the run goes on from there and puts a whole one in the place of the damaged one."""
     whole, _ = runs.reference()
     shutil.copytree(whole, tmp_path / "run")
     newest = max((tmp_path / "run/checkpoints").glob("step_*"))
@@ -250,6 +323,89 @@ def test_damaged_checkpoints_are_passed_over(runs, damage, tmp_path, capsys):
     state = load_checkpoint(tmp_path / "run", {"policy": Engine()})
     assert f"{newest} is damaged" in capsys.readouterr().out
     assert loaded == [("step_0000002", "policy")] and state["step"] == 2 and newest.name == "step_0000004"
+    if damage == "flipped":
+        (tmp_path / "run/summary.json").unlink()
+        ppo.main(ppo.tyro.cli(ppo.Args, args=[*runs.flags, f"--output_dir={tmp_path / 'run'}", "--resume"]))
+        assert differences(whole, tmp_path / "run") == []
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path, capsys):
+    """Bytes that are no JSON, in the middle and at the end, do not stop a resumed run, which says how many there were."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1}\n\xff\0\n[]\n{"step": 2, "a": 1}\n{"step": 3, "a": 1}\n{"st')
+    Tracker(tmp_path, ppo.Args(), 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 1}\n'
+    assert "metrics.jsonl: 2 damaged lines are left out" in capsys.readouterr().out
+
+
+# ---- Folders ----------------------------------------------------------------------------------------------
+
+
+def refusal(capsys, **flags):
+    """The line on stderr with which ppo.py refuses to open its folder."""
+    args = ppo.Args(**flags)
+    with pytest.raises(SystemExit):
+        open_folder(choose_folder(args, "ppo"), args, "ppo")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import ppo, time
+from utils.run import open_folder, Path
+open_folder(Path({str(tmp_path / "run")!r}), ppo.Args(), "ppo")
+print("open", flush=True)
+time.sleep(100)
+"""], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "open\n"
+    assert "another process is writing there" in refusal(capsys, output_dir=str(tmp_path / "run"), overwrite=True)
+    holder.kill()
+    holder.wait()
+    args = ppo.Args(output_dir=str(tmp_path / "run"), overwrite=True)
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
+
+
+def test_folders_that_cannot_be_made(tmp_path, capsys):
+    """Below a file, and with a name that is too long."""
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in refusal(capsys, output_dir=str(tmp_path / "file" / "run"))
+    assert "name too long" in refusal(capsys, output_dir=str(tmp_path / ("a" * 300)))
+
+
+def test_overwrite_follows_no_link_and_spares_what_the_run_reads(runs, tmp_path, capsys):
+    """A folder that an earlier run's folder links to stays; so does data in it that a flag names with its split."""
+    args = ppo.Args(output_dir=str(tmp_path / "run"))
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/thesis.txt").write_text("all of it")
+    (tmp_path / "run/link").symlink_to(tmp_path / "precious")
+    (tmp_path / "run/data").mkdir()
+    said = refusal(capsys, output_dir=str(tmp_path / "run"), overwrite=True, prompts=f"{tmp_path / 'run/data'}:train")
+    assert "--prompts" in said and (tmp_path / "run/data").is_dir()
+    args.overwrite = True
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
+    assert (tmp_path / "precious/thesis.txt").is_file() and os.listdir(tmp_path / "run") == ["args.json"]
+
+
+def test_flags_that_alter_no_weight_may_change_on_resume(tmp_path):
+    args = ppo.Args(output_dir=str(tmp_path / "run"))
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
+    changed = ppo.Args(output_dir=str(tmp_path / "run"), resume=True, allow_pickle=True, timeout_minutes=7, save_every=3,
+                       eval_every=5)
+    assert choose_folder(changed, "ppo") == tmp_path / "run"
+
+
+def test_tables_of_tensorboard_escape_what_they_show(tmp_path):
+    """HTML, the borders of cells, links and images of markdown, and line breaks: in samples and hyperparameters."""
+    text = "a|b<img src=x>&amp;\n![](http://x) `c`"
+    shown = "a&#124;b&#60;img src=x>&#38;amp; &#33;&#91;&#93;(http://x) &#96;c&#96;"
+    assert utils.run._cell(text) == shown
+    tracker = Tracker(tmp_path, ppo.Args(prompts=text), 0)
+    tracker.samples(0, [{"query": text}])
+    tracker.close({})
+    written = b"".join(file.read_bytes() for file in (tmp_path / "tensorboard").iterdir())
+    assert written.count(shown.encode()) == 2 and b"<img" not in written
 
 
 # ---- Numbers ----------------------------------------------------------------------------------------------
@@ -296,6 +452,9 @@ def test_numbers_that_go_wrong_stop_the_run(first_bad, name, call, change, runs,
     assert f"step 2: the first quantity that is not finite is {first_bad}" in said and said.count(" tokens ") == 8
     if first_bad == "scores":
         assert "scores: not finite in 1 of 8 rows, the first is 2" in said
+        utils.replay.main(utils.replay.Args(file, model="assets/reward_model"))
+        by_score = capsys.readouterr().out
+        assert "read by assets/reward_model (its score)" in by_score and by_score.count(" tokens ") == 8
     assert "All rows are finite here" in said
 
 
@@ -315,7 +474,8 @@ def test_replay_names_the_rows_that_are_bad_for_the_model(script, more, tmp_path
     with pytest.raises(SystemExit):
         script.main(script.tyro.cli(script.Args, args=[
             *made.flags, "--batch_size=24", f"--model={model}", f"--output_dir={folder}", *more]))
-    assert "step 1: train/loss is not finite" in capsys.readouterr().err
+    first_bad = {"sft": "train/loss", "reward_model": "scores"}[script.__name__]
+    assert f"step 1: {first_bad} is not finite" in capsys.readouterr().err
     utils.replay.main(utils.replay.Args(folder / "bad_batch_rank0.pt"))
     said = capsys.readouterr().out
     name = {"sft": "train", "reward_model": "preferences_train"}[script.__name__]
@@ -368,9 +528,7 @@ def test_a_rank_that_is_killed_ends_the_job(runs, tmp_path):
     folder = tmp_path / "run"
     process = start(runs, folder, launcher=TWO_RANKS)
     wait_for_step(folder, 1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "ppo.py"], capture_output=True, text=True).stdout.split()
-    assert len(children) == 2
-    began = time.time()
+    children, began = workers_of(process), time.time()
     os.kill(int(children[1]), signal.SIGKILL)
     process.communicate(timeout=100)
     assert process.returncode != 0 and time.time() - began < 60
@@ -420,3 +578,27 @@ ppo.main(ppo.tyro.cli(ppo.Args))
                           cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and time.time() - began < 90
     assert "imed out" in done.stderr
+
+
+def test_deepspeed_launcher_does_not_wait_for_ranks_that_wait_for_a_dead_one(tmp_path):
+    """Three of four ranks wait for ever when one dies: gone within 45 seconds (the launcher would give each 30)."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(f"""import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import ppo
+from utils.launch import barrier, init_distributed, rank
+from utils.run import Tracker
+init_distributed()
+tracker = Tracker(Path({str(tmp_path)!r}), ppo.Args(), 0)
+barrier()
+if rank() == 1:
+    print("dead at", time.time(), flush=True)
+    os._exit(3)
+while True:
+    time.sleep(1)
+""")
+    done = subprocess.run([deepspeed_command(), "--num_accelerators", "4", str(worker)], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, timeout=150)
+    dead = float(done.stdout.split("dead at ")[1].split()[0])
+    assert done.returncode == 3 and time.time() - dead < 45

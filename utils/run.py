@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -269,6 +270,24 @@ def _note_sigterm(*_):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _end_with_dead_ranks(signals):
+    """A thread of each of several ranks: end this process when, after SIGTERM, a rank beside it is gone.
+
+    A rank that waits for a dead one never comes back to Python, and the deepspeed launcher gives every rank in turn
+    30 seconds after its SIGTERM.
+    """
+    import psutil  # which DeepSpeed needs, too
+
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    while (signum := os.read(signals, 1)) != bytes([signal.SIGTERM]):
+        if not signum:  # closed: the run is over
+            return
+    while len(psutil.Process(os.getppid()).children()) >= beside:
+        time.sleep(1)
+    time.sleep(3)  # the ranks of a run that has saved end within that
+    os._exit(128 + signal.SIGTERM)
+
+
 def interrupted(device):
     """Whether any rank has got SIGTERM, as machines that are taken back send it. Every rank must call it, each step."""
     return bool(all_max(torch.tensor(float(bool(_sigterm)), device=device)))
@@ -319,6 +338,11 @@ class Tracker:
         self.last = {}
         _sigterm.clear()
         signal.signal(signal.SIGTERM, _note_sigterm)  # from here on there are steps that ask `interrupted`
+        if world_size() > 1:
+            signals, self.signals = os.pipe()
+            os.set_blocking(self.signals, False)
+            signal.set_wakeup_fd(self.signals)
+            threading.Thread(target=_end_with_dead_ranks, args=[signals], daemon=True).start()
         self.active = rank() == 0
         if not self.active:
             return
@@ -369,6 +393,9 @@ class Tracker:
     def close(self, summary):
         """Write summary.json last: its presence says that the run is complete."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if world_size() > 1:
+            signal.set_wakeup_fd(-1)
+            os.close(self.signals)
         if self.active:
             self.writer.close()
             text = json.dumps({**summary, "seconds_this_process": round(time.time() - self.started, 1)}, indent=1)
@@ -412,8 +439,9 @@ def model_card(folder, script, base, data, lines=()):
 def stop_if_not_finite(quantities, batch, folder, step):
     """Stop every rank on the first NaN or infinity of any, by name, after saving the batch. Checkpoints stay.
 
-    quantities: {name: tensor or number}, in the order in which they were computed; batch: {name: list or tensor}, with
-    a row for each sequence of this rank. `python -m utils.replay` reads the file. Every rank must call it.
+    quantities: {name: tensor or number}, in the order in which they were computed, of this rank or of all; batch: the
+    same, {"queries": lists, "responses": tensor} or {"rows": dicts}. `python -m utils.replay` reads the file.
+    Every rank must call it.
     """
     finite = [bool(torch.isfinite(torch.as_tensor(value, dtype=torch.float32)).all()) for value in quantities.values()]
     place, message = finite.index(False) if False in finite else len(finite), None
