@@ -74,11 +74,12 @@ def find(script, module):
 def kill_all(root):
     """SIGKILL for a process, before it can react to the end of another, and for all that it has started, in whatever
     group; this process alone is left."""
-    everything = [root, *root.children(recursive=True)]
-    others = [process for process in everything if process.pid != os.getpid()]
-    for process in others:
+    started = [process for process in root.children(recursive=True) if process.pid != os.getpid()]
+    if root.pid != os.getpid():
+        root.kill()
+    for process in started:
         process.kill()
-    psutil.wait_procs(others, timeout=60)
+    psutil.wait_procs(started, timeout=60)
 
 
 def kill_everything():

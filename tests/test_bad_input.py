@@ -7,6 +7,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -22,6 +24,7 @@ import evaluate
 import ppo
 import reward_model
 import sft
+from test_launch import environment
 from utils.data import call_judge, load_rows
 from utils.launch import ABOVE_0, AT_LEAST_0, AT_LEAST_1, AT_MOST_1
 
@@ -179,6 +182,27 @@ def test_pickled_weights_are_loaded_where_the_flag_allows_it(inputs, tmp_path, r
         sft.main(good_args(sft, inputs, model=str(model), output_dir=str(tmp_path / name), allow_pickle=allow))
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     refused(sft, good_args(sft, inputs, model=str(folder), output_dir=str(tmp_path / "c")))
+
+
+def test_pickled_weights_beside_some_safetensors_file_are_not_loaded(inputs, tmp_path, refused):
+    """A safetensors file with another name does not open the door to the pickle beside it."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "another.safetensors")
+    assert "cannot load" in refused(sft, good_args(sft, inputs, model=str(folder), output_dir=str(tmp_path / "out")))
+
+
+def test_code_of_a_model_folder_is_not_run(inputs, tmp_path):
+    """A config that names code in its folder: refused in one line, even where somebody would say yes to running it."""
+    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    done = subprocess.run([sys.executable, "sft.py", f"--model={folder}", f"--output_dir={tmp_path / 'out'}"], cwd=ROOT,
+                          env=environment(), input="y\ny\n", capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: --model {folder}: cannot load"), done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))

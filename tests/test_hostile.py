@@ -109,6 +109,7 @@ FILES = {
     "Parquet": ("a.parquet", PROMPTS, 3, []),
     "half a Parquet file": ("a.parquet", PROMPTS[: len(PROMPTS) // 2], None, ["cannot be read"]),
     "Parquet without a byte": ("a.parquet", b"", None, ["cannot be read"]),
+    "Parquet whose name is a pattern": ("a[1].parquet", PROMPTS, 3, []),
     "JSON named .parquet": ("a.parquet", jsonl(*ROWS), None, ["cannot be read"]),
     "Parquet without rows": ("a.parquet", parquet({"prompt": pyarrow.array([], pyarrow.string())}), None, ["a.parquet"]),
     "Parquet with numbers": ("a.parquet", parquet({"prompt": [1, 2, 3]}), None, ["row 1", "must be text"]),
