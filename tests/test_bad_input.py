@@ -769,6 +769,15 @@ def one_too_few(queries, responses):
 def not_a_number(queries, responses):
     return [float("nan") if query == "He had" else 0.0 for query in queries]
 
+def skips_a_query(queries, responses):
+    return [1.0 for query in queries if query != "He had"]
+
+def none_for_a_query(queries, responses):
+    return [None if query == "He had" else 0.0 for query in queries]
+
+def forgets_to_return(queries, responses):
+    pass
+
 def words(queries, responses):
     return ["good" for _ in queries]
 
@@ -805,9 +814,11 @@ def test_judge_that_cannot_be_imported_is_named(script, flag, spec, inputs, tmp_
 @pytest.mark.parametrize("script, flag", named(JUDGE_FLAGS))
 @pytest.mark.parametrize("name, fragments", [
     ("dislikes_houses", ["query 'He had'", "ZeroDivisionError"]), ("words", ["could not convert", "'good'"]),
-    ("one_too_few", ["returned 1 scores for 2 responses"]), ("not_a_number", ["returned nan", "query 'He had'"])])
+    ("one_too_few", ["returned 1 scores for 2 responses"]), ("skips_a_query", ["scores for", "query 'He had'"]),
+    ("none_for_a_query", ["NoneType", "query 'He had'"]), ("forgets_to_return", ["NoneType", "query '"]),
+    ("not_a_number", ["returned nan", "query 'He had'"])])
 def test_judge_that_fails_names_the_row(script, flag, name, fragments, inputs, tmp_path, judges, refused):
-    """A judge that raises, or returns no numbers or too few, is named with the row or the counts."""
+    """A judge that raises, or returns no numbers or too few, is named with the first row for which it does so alone."""
     args = good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: f"bad_input_judges:{name}"})
     message = refused(script, args, may_write=True)
     assert message.startswith(f"error: --{flag}") and all(fragment in message for fragment in fragments)

@@ -262,19 +262,19 @@ def call_judge(function, flag, queries, responses):
             row = next(i for i, score in enumerate(scores) if not math.isfinite(score))
             wrong = f"it returned {scores[row]}"
     except Exception as error:
-        row = next((i for i, pair in enumerate(zip(queries, responses)) if _raises(function, *pair)), None)
         wrong = f"it failed ({type(error).__name__}: {first_line(error)})"
+    if wrong and row is None:
+        row = next((i for i, pair in enumerate(zip(queries, responses)) if _fails_alone(function, *pair)), None)
     where = "" if row is None else f" on query {queries[row]!r:.60}, response {responses[row]!r:.60}"
     fail_together(wrong and f"{flag}: {wrong}{where}")
     return scores
 
 
-def _raises(function, query, response):
+def _fails_alone(function, query, response):
     try:
-        [float(score) for score in function([query], [response])]
+        return len([float(score) for score in function([query], [response])]) != 1
     except Exception:
         return True
-    return False
 
 
 def permutation(size, *address):
