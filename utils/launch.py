@@ -70,7 +70,7 @@ def disk_fault(error):
         return f"{error.filename or 'a file'}: {error.strerror}"
     told = str(error).strip()
     if "inline_container" in told or type(error).__name__ == "SafetensorError":  # torch.save, safetensors
-        return told.splitlines()[0]
+        return f"a file could not be written or read whole ({told.splitlines()[0]})"
     return None
 
 
