@@ -104,7 +104,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "E17": ("utils/models.py", "state = {name.removeprefix(inner): tensor for name, tensor in state.items()}", "pass"),
     "E18": ("utils/launch.py", '"gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,',
             '"gradient_clipping": 1.0,'),
-    "E19": ("utils/run.py", "if all(_sha256(checkpoint / name) == value for name, value in sums.items()):", "if True:"),
+    "E19": ("utils/run.py", "all(_sha256(checkpoint / name) == value for name, value in sums.items()):", "True:"),
     "E20": ("ppo.py", "tr = max(lengths[i] for i in rows)", "tr = min(lengths[i] for i in rows)"),
     "E21": ("sft.py", "same = (segments[:, :, None] == segments[:, None, :]).tril()",
             "same = (segments[:, :, None] >= segments[:, None, :]).tril()"),
