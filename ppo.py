@@ -706,6 +706,7 @@ def main(args: Args):
                             (log_ratio.exp() * token_mask).sum(), (log_ratio.exp() ** 2 * token_mask).sum()])
                 if epoch == m == 0:  # [E14] nothing is trained yet: the ratio must be 1
                     drift = float(all_max(drift))
+                    stop_if_not_finite({"first log-ratio": drift}, saved_on_failure, folder, update)
                     if drift > 1e-4 and args.bf16:
                         print0(f"warning: update {update}: first log ratio off by {drift:.1e} (bf16 rounding)")
                     elif not drift <= 1e-4:

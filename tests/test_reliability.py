@@ -3,7 +3,9 @@
 The whole kill matrix is experiments/kill_resume.py; here is a short form of it.
 """
 
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -16,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -32,7 +35,7 @@ import utils.run
 from experiments.kill_resume import Runs, differences
 from test_launch import deepspeed_command, environment
 from utils.launch import end_in_one_line, init_distributed
-from utils.run import Tracker, choose_folder, load_checkpoint, open_folder
+from utils.run import Tracker, choose_folder, load_checkpoint, open_folder, save_checkpoint
 
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -148,17 +151,108 @@ def test_sigterm_to_one_of_two_ranks_stops_both_after_one_step(runs, tmp_path):
     assert "exitcode  : 75" in err, err
 
 
-@pytest.mark.parametrize("seconds_before, code", [(1, 0), (6, -signal.SIGTERM)])
-def test_a_later_sigterm_ends_the_process_at_once(seconds_before, code):
-    """But one that comes within five seconds of the first does not: launchers pass on theirs."""
+def test_sigterm_before_the_first_step_ends_the_process(runs, tmp_path):
+    """Nothing is there to be saved while models load."""
+    process = start(runs, tmp_path / "run")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM and not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.fixture
+def watcher(monkeypatch):
+    """utils.run's thread with a process beside it: (send a SIGTERM, the process, a list of exit codes)."""
+    signals, sender = os.pipe()
+    beside, codes = subprocess.Popen(["sleep", "1000"]), []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for event in ("_sigterm", "_nothing_to_lose"):
+        monkeypatch.setattr(utils.run, event, threading.Event())
+
+    def watch():
+        with contextlib.suppress(SystemExit):
+            utils.run._watch_sigterm(signals, [psutil.Process(beside.pid)])
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield lambda: os.write(sender, bytes([signal.SIGTERM])), beside, codes
+    os.close(sender)
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    beside.kill()
+    beside.wait()
+
+
+def test_one_sigterm_ends_no_process_and_another_after_five_seconds_does(watcher):
+    """Two at once are as one: launchers pass on theirs."""
+    send, _, codes = watcher
+    send()
+    send()
+    time.sleep(3)
+    assert utils.run._sigterm.is_set() and codes == []
+    time.sleep(2.5)
+    send()
+    time.sleep(1)
+    assert codes == [143]
+
+
+@pytest.mark.parametrize("dies", ["before", "after"])
+def test_a_dead_rank_beside_ends_the_process_after_sigterm(watcher, dies):
+    """Whether it dies before the signal or after it; without the signal nothing happens."""
+    send, beside, codes = watcher
+    if dies == "before":
+        beside.kill()
+        time.sleep(1.5)
+        assert codes == []
+    send()
+    if dies == "after":
+        time.sleep(1.5)
+        assert codes == []
+        beside.kill()
+    time.sleep(2)
+    assert codes == [143]
+
+
+def test_what_is_saved_needs_no_watching(watcher):
+    """A rank beside that ends after the checkpoint is complete is not taken for a dead one."""
+    send, beside, codes = watcher
+    send()
+    time.sleep(0.5)
+    utils.run._nothing_to_lose.set()
+    beside.kill()
+    time.sleep(2)
+    assert codes == []
+
+
+def test_processes_of_a_judge_end_at_sigterm_and_hold_no_folder(tmp_path):
+    """A forked process has neither the handler nor the lock of the run; signals to it are not taken for the run's."""
     done = subprocess.run([sys.executable, "-c", f"""
-import os, signal, time, utils.run
-signal.signal(signal.SIGTERM, utils.run._note_sigterm)
-os.kill(os.getpid(), signal.SIGTERM)
-utils.run._sigterm[0] -= {seconds_before}
-os.kill(os.getpid(), signal.SIGTERM)
-"""], cwd=ROOT, env=environment())
-    assert done.returncode == code
+import fcntl, multiprocessing, os, signal, time
+import ppo, utils.run
+from pathlib import Path
+args = ppo.Args(output_dir={str(tmp_path / "run")!r})
+utils.run.open_folder(Path(args.output_dir), args, "ppo")
+tracker = utils.run.Tracker(Path(args.output_dir), args, 0)
+process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[100])
+process.start()
+process.terminate()
+process.join(10)
+print("ended", process.exitcode, utils.run._sigterm.is_set())
+process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[5])
+process.start()
+os.close(utils.run._locked.pop())
+time.sleep(0.5)
+fcntl.flock(os.open(args.output_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+print("free", flush=True)
+process.kill()
+os._exit(0)
+"""], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.stdout.split("\n") == ["ended -15 False", "free", ""], done.stderr
 
 
 def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
@@ -269,6 +363,7 @@ def test_full_disk_in_a_checkpoint_leaves_the_one_before(fault, part, runs, tmp_
         with pytest.raises(type(fault)) as caught:
             ppo.main(ppo.tyro.cli(ppo.Args, args=flags))
     capsys.readouterr()
+    monkeypatch.setattr("utils.launch.said", [])
     end_in_one_line(caught.type, caught.value, caught.tb)
     said = capsys.readouterr().err
     assert said.startswith("error: rank 0: ") and said.count("\n") == 1 and "--resume" in said
@@ -282,11 +377,13 @@ DISK = [OSError(number, os.strerror(number), "runs/a.pt") for number in (
 
 
 @pytest.mark.parametrize("error", [*DISK, SafetensorError("I/O error: No space left on device (os error 28)")], ids=str)
-def test_a_disks_fault_is_told_in_one_line(error, capsys):
-    """In the main thread and in others, after init_distributed."""
+def test_a_disks_fault_is_told_in_one_line(error, capsys, monkeypatch):
+    """In the main thread and in others, after init_distributed; once, where both have met it."""
     init_distributed()
     for hook in (lambda: sys.excepthook(type(error), error, None),
                  lambda: threading.excepthook(threading.ExceptHookArgs([type(error), error, None, None]))):
+        monkeypatch.setattr("utils.launch.said", [])
+        hook()
         hook()
         said = capsys.readouterr().err
         assert said.startswith("error: rank 0: ") and said.count("\n") == 1 and str(error.args[-1]) in said
@@ -329,6 +426,14 @@ def test_damaged_checkpoints_are_passed_over(runs, damage, tmp_path, capsys):
         assert differences(whole, tmp_path / "run") == []
 
 
+def test_checkpoints_that_are_kept(tmp_path):
+    """The new one, the one before it, and none that is later, which can only be a damaged one."""
+    for step in (2, 4, 6, 9):
+        (tmp_path / f"checkpoints/step_{step:07d}").mkdir(parents=True)
+    save_checkpoint(tmp_path, 5, {}, {})
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_0000004", "step_0000005"]
+
+
 def test_damaged_lines_of_metrics_are_left_out(tmp_path, capsys):
     """Bytes that are no JSON, in the middle and at the end, do not stop a resumed run, which says how many there were."""
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "a": 1}\n\xff\0\n[]\n{"step": 2, "a": 1}\n{"step": 3, "a": 1}\n{"st')
@@ -364,6 +469,35 @@ time.sleep(100)
     holder.wait()
     args = ppo.Args(output_dir=str(tmp_path / "run"), overwrite=True)
     open_folder(choose_folder(args, "ppo"), args, "ppo")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_file_systems_without_locks_will_do(number, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    args = ppo.Args(output_dir=str(tmp_path / "run"))
+    open_folder(choose_folder(args, "ppo"), args, "ppo")
+
+
+def test_what_comes_into_the_folder_while_models_load(tmp_path, capsys):
+    """A file of somebody else is not deleted, and a run that has ended meanwhile is not resumed."""
+    args = ppo.Args(output_dir=str(tmp_path / "run"))
+    folder = choose_folder(args, "ppo")
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("all of it")
+    with pytest.raises(SystemExit):
+        open_folder(folder, args, "ppo")
+    assert "no longer empty" in capsys.readouterr().err and (folder / "thesis.txt").is_file()
+    (folder / "thesis.txt").unlink()
+    open_folder(folder, args, "ppo")
+    args.resume = True
+    folder = choose_folder(args, "ppo")
+    (folder / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        open_folder(folder, args, "ppo")
+    assert "has come to its end" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_made(tmp_path, capsys):
@@ -455,7 +589,7 @@ def test_numbers_that_go_wrong_stop_the_run(first_bad, name, call, change, runs,
         utils.replay.main(utils.replay.Args(file, model="assets/reward_model"))
         by_score = capsys.readouterr().out
         assert "read by assets/reward_model (its score)" in by_score and by_score.count(" tokens ") == 8
-    assert "All rows are finite here" in said
+    assert "All 8 rows are finite here" in said
 
 
 @pytest.mark.parametrize("script, more", [(sft, ["--num_samples=0"]), (reward_model, [])], ids=["sft", "reward_model"])

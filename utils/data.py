@@ -255,12 +255,15 @@ def call_judge(function, flag, queries, responses):
     """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it."""
     scores, wrong, row = [], None, None
     try:
-        scores = [float(score) for score in function(queries, responses)] if queries else []
-        if len(scores) != len(queries):
-            wrong = f"it returned {len(scores)} scores for {len(queries)} responses"
-        elif not all(map(math.isfinite, scores)):
-            row = next(i for i, score in enumerate(scores) if not math.isfinite(score))
-            wrong = f"it returned {scores[row]}"
+        found = list(function(queries, responses)) if queries else []
+        if len(found) != len(queries):
+            wrong = f"it returned {len(found)} scores for {len(queries)} responses"
+        else:
+            for row, score in enumerate(found):
+                scores.append(float(score))
+                if not math.isfinite(scores[row]):
+                    wrong = f"it returned {scores[row]}"
+                    break
     except Exception as error:
         wrong = f"it failed ({type(error).__name__}: {first_line(error)})"
     if wrong and row is None:

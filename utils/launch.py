@@ -74,11 +74,17 @@ def disk_fault(error):
     return None
 
 
+said = []  # the one line
+
+
 def end_in_one_line(kind, error, trace):
     """Python's last word on an exception that nobody caught: one line for a disk's fault, a traceback for ours."""
     told = disk_fault(error)
     if told is None:
         return sys.__excepthook__(kind, error, trace)
+    if said:  # TensorBoard's thread has met the same fault
+        return
+    said.append(told)
     print(f"error: rank {rank()}: {told}. Complete checkpoints are untouched: mend the disk, then --resume a run that "
           "has one", file=sys.stderr, flush=True)
 

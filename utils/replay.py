@@ -23,6 +23,8 @@ class Args:
     """bad_batch_rank0.pt of a run"""
     model: str | None = None
     """Hugging Face folder to read the rows with, a language or reward model; default: what the run began with"""
+    allow_pickle: bool = False
+    """read a model folder whose weights are pickled (.bin) alone"""
 
 
 def sequences_of(batch, script, tokenizer):
@@ -52,7 +54,7 @@ def main(args):
         path = args.model or saved["args"].get("sft_model") or saved["args"]["model"]
     except Exception:
         fail(f"{args.file}: this is no bad_batch_rank0.pt of a run, or it is damaged")
-    allowed["pickle"] = saved["args"]["allow_pickle"]
+    allowed["pickle"] = args.allow_pickle
     print(f"step {saved['step']}: the first quantity that is not finite is {saved['first_bad']}")
     for name, values in saved["quantities"].items():
         rows = (~torch.isfinite(values)).reshape(len(values), -1).any(1).nonzero()[:, 0] if values.ndim else []
@@ -64,13 +66,13 @@ def main(args):
     scores = "score.weight" in " ".join(weights_of(path))
     model = (load_classifier if scores else load_causal_lm)(path, "--model", tokenizer).eval()
     print(f"\nEach row alone, read by {path} ({'its score' if scores else 'mean negative log-likelihood of a token'}):")
-    bad = 0
-    for row, ids in enumerate(sequences_of(saved["batch"], saved["args"]["script"], tokenizer)):
+    bad, rows = 0, sequences_of(saved["batch"], saved["args"]["script"], tokenizer)
+    for row, ids in enumerate(rows):
         value = read_again(model, ids) if len(ids) > 1 else 0.0  # one token has none before it
         bad += not torch.isfinite(torch.tensor(value))
         print(f"{row:>6}  {len(ids):>5} tokens  {value:10.4f}  {tokenizer.decode(ids)!r:.70}")
     print(f"\n{bad} rows are not finite here" if bad else
-          "\nAll rows are finite here: the weights went wrong, not the rows")
+          f"\nAll {len(rows)} rows are finite here: the weights went wrong, not the rows")
 
 
 def weights_of(path):

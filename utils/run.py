@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import select
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil  # which DeepSpeed needs, too
 import torch
 
 from utils.launch import all_max, barrier, fail, finish, from_rank0, gather_rows, print0, rank, world_size
@@ -59,9 +61,7 @@ def choose_folder(args, name):
             if (folder / "summary.json").is_file():
                 return folder, f"--resume {folder}: this run is complete, there is nothing to resume"
             return folder, None
-        if folder.exists() and (
-            not folder.is_dir() or {file.name for file in folder.iterdir()} - {"args.json.unfinished"}
-        ):
+        if folder.exists() and not (folder.is_dir() and _is_empty(folder)):
             if not args.overwrite:
                 go_on = "Continue that run with --resume, replace" if hasattr(args, "resume") else "Replace"
                 return folder, f"--output_dir {folder}: in use. {go_on} it with --overwrite, or choose another folder"
@@ -95,11 +95,14 @@ def open_folder(folder, args, name):
         if not _lock(folder):
             return "another process is writing there. Wait for its end, or choose another folder"
         if getattr(args, "resume", False):
+            if (folder / "summary.json").exists():
+                return "the run has come to its end in the meantime, there is nothing to resume"
             (folder / "INTERRUPTED").unlink(missing_ok=True)
             return None
-        if (folder / "args.json").exists() and not (args.overwrite or _to_do_again(folder, args, name)):
-            return "another run has begun there in the meantime. Give this one a folder of its own"
-        _write(folder / "args.json", json.dumps({"script": name}))  # whoever is killed here can give --overwrite again
+        if not (args.overwrite or _is_empty(folder) or _to_do_again(folder, args, name)):
+            return "no longer empty. Give this run a folder of its own"  # the models took minutes to load
+        # first this, so that after a kill in the next lines the same command with --overwrite finds a run to replace
+        _write(folder / "args.json", json.dumps({"script": name}))
         for old in folder.iterdir():
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
@@ -110,6 +113,10 @@ def open_folder(folder, args, name):
     wrong = from_rank0(make)
     if wrong:
         fail(f"--output_dir {folder}: {wrong}")
+
+
+def _is_empty(folder):
+    return not {file.name for file in folder.iterdir()} - {"args.json.unfinished"}
 
 
 def _lock(folder):
@@ -191,7 +198,7 @@ def save_checkpoint(folder, step, engines, state):
         unfinished.rename(finished)
         known = sorted(checkpoints.glob("step_[0-9]*"))
         place = known.index(finished)
-        for other in known[: max(0, place - 1)] + known[place + 1 :]:  # later ones are damaged, or of a run begun anew
+        for other in known[: max(0, place - 1)] + known[place + 1 :]:  # later ones are damaged
             shutil.rmtree(other)
     barrier()
 
@@ -260,41 +267,75 @@ def cached_array(file, name, make):
 
 # ---- SIGTERM ----------------------------------------------------------------------------------------------
 
-_sigterm = []  # when it has come
+_sigterm, _nothing_to_lose = threading.Event(), threading.Event()  # it has come; what it is to save is saved
 
 
-def _note_sigterm(*_):
-    _sigterm.append(time.time())
-    if _sigterm[-1] - _sigterm[0] > 5:  # a later one ends the process at once; launchers pass theirs on besides
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+def _watch_sigterm(signals, beside):
+    """A thread that reads the numbers of signals as they come, and the first SIGTERM makes `interrupted` true.
 
-
-def _end_with_dead_ranks(signals):
-    """A thread of each of several ranks: end this process when, after SIGTERM, a rank beside it is gone.
-
-    A rank that waits for a dead one never comes back to Python, and the deepspeed launcher gives every rank in turn
-    30 seconds after its SIGTERM.
+    It ends the process, with code 143, on another SIGTERM more than five seconds later, and on one after which a rank
+    on the same machine is dead (beside: their psutil.Processes): the others may wait for it inside a collective, where
+    no signal handler written in Python ever runs, and the deepspeed launcher gives each of them 30 seconds in turn.
     """
-    import psutil  # which DeepSpeed needs, too
-
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    while (signum := os.read(signals, 1)) != bytes([signal.SIGTERM]):
-        if not signum:  # closed: the run is over
+    first, poll = None, select.poll()
+    poll.register(signals)
+    while True:
+        signum = os.read(signals, 1) if poll.poll(first and 1000) else None  # every second once it has come
+        if signum == b"" or _nothing_to_lose.is_set():  # closed at the end of the run
             return
-    while len(psutil.Process(os.getppid()).children()) >= beside:
-        time.sleep(1)
-    time.sleep(3)  # the ranks of a run that has saved end within that
-    os._exit(128 + signal.SIGTERM)
+        again = signum == bytes([signal.SIGTERM])
+        if again and first is None:
+            first, again = time.time(), False
+            _sigterm.set()
+        dead = [process for process in beside if first and not _alive(process)]
+        if dead or again and time.time() - first > 5:  # launchers send a second one at once
+            for process in beside if dead else []:
+                if _alive(process):
+                    os.kill(process.pid, signal.SIGTERM)  # they find the dead one, too
+            os._exit(128 + signal.SIGTERM)
+
+
+def _alive(process):
+    try:
+        return process.is_running() and process.status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _ranks_beside():
+    """psutil.Process of every other rank on this machine. Every rank must call it."""
+    beside = []
+    for pid, born in gather_rows([(os.getpid(), psutil.Process().create_time())]):
+        if pid != os.getpid() and psutil.pid_exists(pid) and psutil.Process(pid).create_time() == born:
+            beside.append(psutil.Process(pid))
+    return beside
+
+
+def _hold_sigterm(how=signal.SIG_BLOCK):
+    signal.pthread_sigmask(how, [signal.SIGTERM])
+
+
+def _leave_to_parent():
+    """In a forked process, of a judge say: SIGTERM ends it as any other, and it does not hold the folder."""
+    if _locked:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.close(_locked.pop())
+    _hold_sigterm(signal.SIG_UNBLOCK)
+
+
+os.register_at_fork(
+    before=_hold_sigterm, after_in_parent=lambda: _hold_sigterm(signal.SIG_UNBLOCK), after_in_child=_leave_to_parent)
 
 
 def interrupted(device):
     """Whether any rank has got SIGTERM, as machines that are taken back send it. Every rank must call it, each step."""
-    return bool(all_max(torch.tensor(float(bool(_sigterm)), device=device)))
+    return bool(all_max(torch.tensor(float(_sigterm.is_set()), device=device)))
 
 
 def leave_interrupted(folder, step):
     """End after SIGTERM, with the checkpoint of this step complete: a file INTERRUPTED, exit code 75 ("try again")."""
+    _nothing_to_lose.set()
     if rank() == 0:
         _write(folder / "INTERRUPTED", f"by SIGTERM; the checkpoint of step {step} is complete. Go on with --resume\n")
     print0(f"SIGTERM: stopped after step {step}, go on with --resume --output_dir {folder}")
@@ -337,12 +378,12 @@ class Tracker:
         self.folder, self.first_step, self.started = folder, first_step, time.time()
         self.last = {}
         _sigterm.clear()
-        signal.signal(signal.SIGTERM, _note_sigterm)  # from here on there are steps that ask `interrupted`
-        if world_size() > 1:
-            signals, self.signals = os.pipe()
-            os.set_blocking(self.signals, False)
-            signal.set_wakeup_fd(self.signals)
-            threading.Thread(target=_end_with_dead_ranks, args=[signals], daemon=True).start()
+        _nothing_to_lose.clear()
+        signals, self.signals = os.pipe()  # from here on there are steps that ask `interrupted`
+        os.set_blocking(self.signals, False)
+        threading.Thread(target=_watch_sigterm, args=[signals, _ranks_beside()], daemon=True).start()
+        signal.set_wakeup_fd(self.signals)
+        signal.signal(signal.SIGTERM, lambda *_: _sigterm.set())
         self.active = rank() == 0
         if not self.active:
             return
@@ -392,10 +433,10 @@ class Tracker:
 
     def close(self, summary):
         """Write summary.json last: its presence says that the run is complete."""
+        _nothing_to_lose.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if world_size() > 1:
-            signal.set_wakeup_fd(-1)
-            os.close(self.signals)
+        signal.set_wakeup_fd(-1)
+        os.close(self.signals)
         if self.active:
             self.writer.close()
             text = json.dumps({**summary, "seconds_this_process": round(time.time() - self.started, 1)}, indent=1)
