@@ -648,6 +648,21 @@ def test_models_that_are_not_finite(runs, tmp_path, capsys):
         assert expected in said and said.count("\n") == 1
 
 
+def test_replay_reads_no_pickle_because_the_file_says_so(tmp_path, capsys):
+    """A bad_batch file from a stranger, with allow_pickle in its flags, and their model folder."""
+    model, file = tmp_path / "model", tmp_path / "bad_batch_rank0.pt"
+    shutil.copytree(ROOT / "assets/sft", model)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    torch.save({"step": 1, "first_bad": "train/loss", "quantities": {}, "batch": {"rows": [{"prompt": "She was", "completion": "."}]},
+                "args": {"model": str(model), "allow_pickle": True, "script": "sft"}}, file)
+    with pytest.raises(SystemExit):
+        utils.replay.main(utils.replay.Args(file))
+    assert "--allow_pickle" in capsys.readouterr().err
+    utils.replay.main(utils.replay.Args(file, allow_pickle=True))
+    assert "All 1 rows are finite here" in capsys.readouterr().out
+
+
 def test_replay_of_a_file_that_is_not_there(capsys, tmp_path):
     with pytest.raises(SystemExit):
         utils.replay.main(utils.replay.Args(tmp_path / "bad_batch_rank0.pt"))

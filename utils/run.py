@@ -287,11 +287,8 @@ def _watch_sigterm(signals, beside):
         if again and first is None:
             first, again = time.time(), False
             _sigterm.set()
-        dead = [process for process in beside if first and not _alive(process)]
+        dead = first and not all(map(_alive, beside))
         if dead or again and time.time() - first > 5:  # launchers send a second one at once
-            for process in beside if dead else []:
-                if _alive(process):
-                    os.kill(process.pid, signal.SIGTERM)  # they find the dead one, too
             os._exit(128 + signal.SIGTERM)
 
 
