@@ -180,7 +180,7 @@ def watcher(monkeypatch):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield lambda: os.write(sender, bytes([signal.SIGTERM])), beside, codes
+    yield lambda signum=signal.SIGTERM: os.write(sender, bytes([signum])), beside, codes
     os.close(sender)
     thread.join(timeout=10)
     assert not thread.is_alive()
@@ -207,6 +207,7 @@ def test_a_dead_rank_beside_ends_the_process_after_sigterm(watcher, dies):
     send, beside, codes = watcher
     if dies == "before":
         beside.kill()
+        send(signal.SIGINT)
         time.sleep(1.5)
         assert codes == []
     send()
@@ -238,12 +239,22 @@ from pathlib import Path
 args = ppo.Args(output_dir={str(tmp_path / "run")!r})
 utils.run.open_folder(Path(args.output_dir), args, "ppo")
 tracker = utils.run.Tracker(Path(args.output_dir), args, 0)
-process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[100])
+fork = multiprocessing.get_context("fork").Process
+for _ in range(20):
+    process = fork(target=time.sleep, args=[100])
+    process.start()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM, process.exitcode
+def handle():
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+    os.kill(os.getpid(), signal.SIGTERM)
+process = fork(target=handle)
 process.start()
-process.terminate()
 process.join(10)
+time.sleep(0.5)
 print("ended", process.exitcode, utils.run._sigterm.is_set())
-process = multiprocessing.get_context("fork").Process(target=time.sleep, args=[5])
+process = fork(target=time.sleep, args=[5])
 process.start()
 os.close(utils.run._locked.pop())
 time.sleep(0.5)
@@ -252,7 +263,7 @@ print("free", flush=True)
 process.kill()
 os._exit(0)
 """], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
-    assert done.stdout.split("\n") == ["ended -15 False", "free", ""], done.stderr
+    assert done.stdout.split("\n") == ["ended 7 False", "free", ""], done.stderr
 
 
 def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
@@ -564,6 +575,7 @@ def spoil(monkeypatch, name, call, change):
     ("ref_logprobs", "token_logprobs", 13, lambda x: x * NAN),
     ("logprobs", "token_logprobs", 14, lambda x: x * NAN),
     ("values", "state_values", 7, lambda x: x * NAN),
+    ("first log-ratio", "token_logprobs", 17, lambda x: x * NAN),
     ("policy loss of epoch 1, minibatch 1", "policy_losses", 5, lambda x: (x[0] * NAN, x[1])),
     ("value loss of epoch 2, minibatch 1", "value_losses", 7, lambda x: (x[0] * NAN, x[1])),
     ("policy gradient norm of epoch 2, minibatch 1", "optimizer_step", 7, lambda norm: norm * float("inf")),
