@@ -204,6 +204,7 @@ class Runs:
         whole, record = self.reference()
         folder = self.out / f"trial_{number}"
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self.out.parent / "data/ref_logprobs", ignore_errors=True)  # dpo.py's cache: each trial makes it
         kills, code = [], None
         for place in at:
             if PLACES[place] is None:
