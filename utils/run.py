@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil  # which DeepSpeed needs, too
+import psutil
 import torch
 
 from utils.launch import all_max, barrier, fail, finish, from_rank0, gather_rows, print0, rank, world_size
