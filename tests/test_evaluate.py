@@ -845,7 +845,7 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_alone(folder, tmp_path
     monkeypatch.setattr(evaluate, "load_causal_lm", load_and_be_late)
     with pytest.raises(SystemExit):
         run(folder, tmp_path / "out")
-    assert "another run has begun there" in capsys.readouterr().err
+    assert "no longer empty" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "args.json").read_text())["seed"] == 7
 
 
