@@ -237,8 +237,7 @@ import fcntl, multiprocessing, os, signal, time
 import ppo, utils.run
 from pathlib import Path
 args = ppo.Args(output_dir={str(tmp_path / "run")!r})
-utils.run.open_folder(Path(args.output_dir), args, "ppo")
-tracker = utils.run.Tracker(Path(args.output_dir), args, 0)
+tracker = utils.run.Tracker(Path({str(tmp_path)!r}), args, 0)
 fork = multiprocessing.get_context("fork").Process
 for _ in range(20):
     process = fork(target=time.sleep, args=[100])
@@ -254,6 +253,7 @@ process.start()
 process.join(10)
 time.sleep(0.5)
 print("ended", process.exitcode, utils.run._sigterm.is_set())
+utils.run.open_folder(Path(args.output_dir), args, "ppo")
 process = fork(target=time.sleep, args=[5])
 process.start()
 os.close(utils.run._locked.pop())

@@ -270,6 +270,10 @@ def cached_array(file, name, make):
 _sigterm, _nothing_to_lose = threading.Event(), threading.Event()  # it has come; what it is to save is saved
 
 
+def _note_sigterm(*_):
+    _sigterm.set()
+
+
 def _watch_sigterm(signals, beside):
     """A thread that reads the numbers of signals as they come, and the first SIGTERM makes `interrupted` true.
 
@@ -314,9 +318,10 @@ def _hold_sigterm(how=signal.SIG_BLOCK):
 
 def _leave_to_parent():
     """In a forked process, of a judge say: SIGTERM ends it as any other, and it does not hold the folder."""
-    if _locked:
+    if signal.getsignal(signal.SIGTERM) is _note_sigterm:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while _locked:
         os.close(_locked.pop())
     _hold_sigterm(signal.SIG_UNBLOCK)
 
@@ -380,7 +385,7 @@ class Tracker:
         os.set_blocking(self.signals, False)
         threading.Thread(target=_watch_sigterm, args=[signals, _ranks_beside()], daemon=True).start()
         signal.set_wakeup_fd(self.signals)
-        signal.signal(signal.SIGTERM, lambda *_: _sigterm.set())
+        signal.signal(signal.SIGTERM, _note_sigterm)
         self.active = rank() == 0
         if not self.active:
             return
