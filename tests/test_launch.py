@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,15 @@ def deepspeed_command():
 
 def run(command, env, cwd=ROOT):
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+def test_two_runs_with_one_port():
+    """The second one ends in a line that says how to give it another port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run([sys.executable, "ppo.py"], environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: port {port} is in use" in done.stderr and "--master_port" in done.stderr
 
 
 @pytest.fixture(scope="session")

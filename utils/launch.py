@@ -134,7 +134,13 @@ def init_distributed(timeout_minutes=30.0):
         backend = "nccl" if device.type == "cuda" else "gloo"
         if not launched:  # one process alone: no port, so that none can be taken
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+        try:
+            deepspeed.init_distributed(backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            fail(f"port {os.environ['MASTER_PORT']} is in use, by another run perhaps. Give this one a port of its own: "
+                 "deepspeed --master_port 29501 ... or torchrun --master_port 29501 ...")
     return device
 
 
