@@ -6,6 +6,7 @@ The whole kill matrix is experiments/kill_resume.py; here is a short form of it.
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import random
@@ -629,6 +630,38 @@ def test_replay_names_the_rows_that_are_bad_for_the_model(script, more, tmp_path
     texts = [row.get("prompt", "") + row[side] for row in rows for side in ("text", "completion", "chosen", "rejected") if side in row]
     long = sum(len(tokenizer(text).input_ids) > 20 for text in texts)
     assert 0 < long < len(texts) and f"\n{long} rows are not finite here" in said
+
+
+@pytest.mark.parametrize("first_bad", ["logps", "train/loss", "train/grad_norm"])
+def test_numbers_that_go_wrong_stop_dpo(first_bad, tmp_path, monkeypatch, capsys):
+    """In step 3, after the checkpoint of step 2, which stays as it was; the pairs are saved and replayed."""
+    made, folder, steps = Runs(tmp_path / "out", "dpo", 1, 0), tmp_path / "run", []
+    real = {name: getattr(dpo, name) for name in ("response_logprobs", "sigmoid_losses", "optimizer_step")}
+
+    def response_logprobs(*args):
+        logprobs, lengths = real["response_logprobs"](*args)
+        bad = first_bad == "logps" and torch.is_grad_enabled() and len(steps) == 2
+        return logprobs * NAN if bad else logprobs, lengths
+
+    @functools.wraps(dpo.sigmoid_losses)
+    def sigmoid_losses(*args, **kwargs):
+        losses = real["sigmoid_losses"](*args, **kwargs)
+        return losses * NAN if first_bad == "train/loss" and losses.requires_grad and len(steps) == 2 else losses
+
+    def optimizer_step(*args):
+        steps.append(real["optimizer_step"](*args))
+        return steps[-1] * NAN if first_bad == "train/grad_norm" and len(steps) == 3 else steps[-1]
+
+    for function in (response_logprobs, optimizer_step):
+        monkeypatch.setattr(dpo, function.__name__, function)
+    monkeypatch.setitem(dpo.LOSSES, "sigmoid", sigmoid_losses)
+    with pytest.raises(SystemExit):
+        dpo.main(dpo.tyro.cli(dpo.Args, args=[*made.flags, f"--output_dir={folder}"]))
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: step 3: {first_bad} is not finite.") and said.count("\n") == 1
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_0000002"]
+    utils.replay.main(utils.replay.Args(folder / "bad_batch_rank0.pt"))
+    assert "All 16 rows are finite here" in capsys.readouterr().out  # two of each of eight pairs
 
 
 def test_held_out_scores_that_are_not_finite_stop_the_reward_model(tmp_path, capsys):
