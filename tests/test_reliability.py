@@ -267,17 +267,23 @@ os._exit(0)
     assert done.stdout.split("\n") == ["ended 7 False", "free", ""], done.stderr
 
 
-def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
-    """Nothing is left to do: no INTERRUPTED, but the whole run."""
-    made, folder, steps, real = Runs(tmp_path / "out", "sft", 1, 0), tmp_path / "run", [], sft.optimizer_step
+def sigterm_in_step(number, script, monkeypatch):
+    """This process gets SIGTERM inside the n-th optimizer step of a script. Returns the list of the steps made."""
+    steps, real = [], script.optimizer_step
 
     def optimizer_step(*args):
         steps.append(args)
-        if len(steps) == 6:
+        if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(sft, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(script, "optimizer_step", optimizer_step)
+    return steps
+
+
+def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
+    """Nothing is left to do: no INTERRUPTED, but the whole run."""
+    made, folder, steps = Runs(tmp_path / "out", "sft", 1, 0), tmp_path / "run", sigterm_in_step(6, sft, monkeypatch)
     sft.main(sft.tyro.cli(sft.Args, args=[*made.flags, f"--output_dir={folder}"]))
     assert len(steps) == 6 and (folder / "summary.json").is_file() and not (folder / "INTERRUPTED").exists()
 
@@ -287,16 +293,7 @@ def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
 def test_sigterm_in_the_other_scripts(script, name, tmp_path, monkeypatch):
     """In this process: SIGTERM inside the third step ends the run after it, with its checkpoint and code 75; then the
     resumed run ends complete, and SIGTERM ends processes at once again."""
-    made = Runs(tmp_path / "out", name, 1, 0)
-    folder, steps, real = tmp_path / "run", [], script.optimizer_step
-
-    def optimizer_step(*args):
-        steps.append(args)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(script, "optimizer_step", optimizer_step)
+    made, folder, steps = Runs(tmp_path / "out", name, 1, 0), tmp_path / "run", sigterm_in_step(3, script, monkeypatch)
     flags = [*made.flags, f"--output_dir={folder}"]
     with pytest.raises(SystemExit) as stopped:
         script.main(script.tyro.cli(script.Args, args=flags))
