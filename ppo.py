@@ -203,13 +203,13 @@ def response_logits(model, ids, mask, response_width, temperature, forbidden):
     return scale_logits(logits, temperature, forbidden)
 
 
-def state_values(critic, ids, mask, response_width, shift, response_length):
-    """Values of the states before each token of the response, the last columns of ids (B, T) [detail 28].
+def state_values(values, response_width, shift, response_length):
+    """Of values (B, T), those of the states before each token of the response, the last columns [detail 28].
 
     One more, that of the state after its last token, follows where a response has room for it [detail 31]: left-
     aligned, (B, min(response_width + 1, response_length)).
     """
-    return left_aligned(critic(ids, mask)[:, -response_width - 1 :], shift)[:, :response_length]
+    return left_aligned(values[:, -response_width - 1 :], shift)[:, :response_length]
 
 
 def scale_logits(logits, temperature, forbidden):
@@ -653,7 +653,7 @@ def main(args: Args):
             for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
                 ids, mb_mask, tr, shift = right_aligned(
                     rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                mb_values = state_values(engines["critic"], ids, mb_mask, tr, shift, args.response_length)
+                mb_values = state_values(engines["critic"](ids, mb_mask), tr, shift, args.response_length)
                 values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
                 logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
                 ref_logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
@@ -719,7 +719,7 @@ def main(args: Args):
                 for rows in minibatch:  # only now, as the policy's gradients are gone
                     ids, mb_mask, tr, shift = right_aligned(
                         rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                    new_values = state_values(engines["critic"], ids, mb_mask, tr, shift, args.response_length)
+                    new_values = state_values(engines["critic"](ids, mb_mask), tr, shift, args.response_length)
                     tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well
                     vf_losses, vf_clipped = value_losses(
                         new_values, values[rows, :tv], returns[rows, :tv], args.cliprange_value)

@@ -366,7 +366,7 @@ def simulate(config, args, ranks):
             with torch.no_grad():
                 for _ in range(2):
                     ledger.lap(None)
-                    ppo.state_values(critic, ids, mb_mask, tr, shift, tr)
+                    ppo.state_values(critic(ids, mb_mask), tr, shift, tr)
                     logits = ppo.response_logits(ref_policy, ids, mb_mask, tr, 0.7, forbidden)
                     ppo.token_logprobs(logits, ids[:, -tr:])
                     logits = ppo.response_logits(policy, ids, mb_mask, tr, 0.7, forbidden)
@@ -393,7 +393,7 @@ def simulate(config, args, ranks):
             for _ in range(2):
                 ledger.lap(None)
                 before = ledger.live
-                new_values = ppo.state_values(critic, ids, mb_mask, tr, shift, tr)
+                new_values = ppo.state_values(critic(ids, mb_mask), tr, shift, tr)
                 vf_losses, vf_clipped = ppo.value_losses(new_values, values[:micro], values[:micro], 0.2)
                 vf_loss = (vf_losses * mask[:micro]).sum()
                 saved["critic"] = ledger.live - before

@@ -51,7 +51,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "26": ("ppo.py", "logits.float() / (temperature + 1e-7)", "logits.float()"),
     "27": ("ppo.py", "return scale_logits(logits, temperature, forbidden)",
            "return scale_logits(logits, 1.0, forbidden)"),
-    "28": ("ppo.py", "critic(ids, mask)[:, -response_width - 1 :]", "critic(ids, mask)[:, -response_width :]"),
+    "28": ("ppo.py", "left_aligned(values[:, -response_width - 1 :]", "left_aligned(values[:, -response_width :]"),
     "29": ("ppo.py", "        if len(going_on) < len(alive):\n", "        if False:\n"),
     "30": ("ppo.py", "logprobs * mask, ref_logprobs * mask", "logprobs, ref_logprobs"),
     "31": ("ppo.py", "t < lengths[:, None] + 1", "t < lengths[:, None]"),

@@ -330,7 +330,7 @@ def test_right_aligned_rows_have_no_needless_padding_and_the_same_logits(tiny_lm
         logits = ppo.response_logits(tiny_lm, ids, mask, tr, 0.7, forbidden)
         logprobs = ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
         for room in (tr, tr + 1):
-            values = ppo.state_values(critic, ids, mask, tr, shift, room)
+            values = ppo.state_values(critic(ids, mask), tr, shift, room)
             assert values.shape[1] == room
             for j, i in enumerate(rows):
                 states = [queries[i][-1], *responses[i]][:room]

@@ -191,10 +191,34 @@ def load_prompt_rows(path, flag, columns, tokenizer, max_prompt_length):
     return kept
 
 
+def load_grouped_prompts(path, flag, tokenizer, args):
+    """Prompts as of `load_prompts`, and {text: group} from their column `group`, as text; empty without one."""
+    rows = load_prompt_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
+    groups = {row["prompt"]: str(row["group"]) for row in rows if row.get("group") is not None}
+    return [(row["ids"], row["prompt"]) for row in rows], groups
+
+
 def load_prompts(path, flag, tokenizer, args):
     """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
-    rows = load_prompt_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
-    return [(row["ids"], row["prompt"]) for row in rows]
+    return load_grouped_prompts(path, flag, tokenizer, args)[0]
+
+
+def auc_of_groups(probabilities, scores, groups):
+    """How often an episode of the group with the highest mean score has a larger probability than one of the others.
+
+    probabilities, scores: (B,) of this rank; groups: B names or None, which is left out. Ties count half; 1/2 where
+    there is but one group. Every rank must call it.
+    """
+    rows = gather_rows(zip(probabilities.tolist(), scores.tolist(), groups))
+    rows = sorted((probability, score, group) for probability, score, group in rows if group is not None)
+    names = sorted({group for _, _, group in rows})
+    if len(names) < 2:
+        return 0.5
+    best = max(names, key=lambda name: np.mean([score for _, score, group in rows if group == name]))
+    inside = np.array([probability for probability, _, group in rows if group == best])
+    outside = np.array([probability for probability, _, group in rows if group != best])
+    above, equal = inside[:, None] > outside, inside[:, None] == outside
+    return float((above + equal / 2).mean())
 
 
 def as_answer(text, tokenizer, ended=None):

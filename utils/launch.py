@@ -18,10 +18,11 @@ import torch.distributed as dist
 AT_LEAST_1 = {
     "epochs", "batch_size", "micro_batch_size", "rollout_batch_size", "total_episodes", "num_ppo_epochs",
     "num_minibatches", "response_length", "max_length", "max_prompt_length", "num_eval_prompts", "eval_every",
-    "save_every", "log_every", "num_prompts", "judge_parallel"}
+    "save_every", "log_every", "num_prompts", "judge_parallel", "episodes_per_prompt"}
 AT_LEAST_0 = {
     "seed", "num_samples", "pack_length", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef",
-    "vf_coef", "cliprange", "cliprange_value", "nll_coef", "judge_budget"}
+    "vf_coef", "cliprange", "cliprange_value", "nll_coef", "judge_budget", "score_clip", "beta_critic", "beta_policy",
+    "group_head_lr"}
 ABOVE_0 = {
     "temperature", "top_p", "repetition_penalty", "timeout_minutes", "beta", "judge_timeout",
     "judge_requests_per_minute"}
@@ -55,6 +56,7 @@ def check_flags(args):
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
             (ABOVE_0, lambda x: x > 0, "above 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "between 0 and 1"),
             ({"zero_stage"}, lambda x: x in (0, 2, 3), "0, 2 or 3"),
+            ({"num_groups"}, lambda x: x >= 2, "at least 2"),
             ({"label_smoothing"}, lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
         ):
             if name in names and value is not None and not holds(value):

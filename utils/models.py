@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 from utils.launch import allowed, fail, full_state_dict, rank
@@ -209,6 +210,14 @@ def save_model(engine, model, tokenizer, folder):
         for file in unfinished.iterdir():
             os.replace(file, Path(folder, file.name))
         unfinished.rmdir()
+
+
+def save_weights(engine, file):
+    """Write an engine's weights as one .safetensors file, whole or not at all. Every rank must call it."""
+    state = full_state_dict(engine)
+    if rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, f"{file}.unfinished")
+        os.replace(f"{file}.unfinished", file)
 
 
 def decode_responses(tokenizer, queries, responses):
