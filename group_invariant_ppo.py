@@ -34,13 +34,14 @@ import torch
 import tyro
 from transformers import DynamicCache
 
-from utils.data import auc_of_groups, call_judge, chunks, load_function, load_grouped_prompts, load_prompts, pad
-from utils.data import permutation
+from utils.data import auc_of_groups, load_grouped_prompts
+from utils.data import call_judge, chunks, load_function, load_prompts, pad, permutation
 from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, fail_together
 from utils.launch import finish, gather_rows, init_distributed, note_small_lr, on_device, optimizer_step, print0
 from utils.launch import print_memory_plan, rank, rollout_weights, world_size
 from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
-from utils.models import load_classifier, load_tokenizer, save_model, save_weights
+from utils.models import load_classifier, load_tokenizer, save_model
+from utils.models import save_weights
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card, open_folder
 from utils.run import save_checkpoint, stop_if_not_finite
 
@@ -221,7 +222,7 @@ class ScalarModel(torch.nn.Module):
 
 
 class GroupCritic(ScalarModel):
-    """Values (B, T) in units of normalised scores, and the state (B, d) of each row `back` (B,) from its last column."""
+    """Values (B, T) in units of normalised scores [G3], and each row's state `back` (B,) before its last [G4]."""
 
     mean, sd = 0.0, 1.0  # of the first rollout's scores
 
@@ -231,7 +232,7 @@ class GroupCritic(ScalarModel):
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
             use_cache=False).last_hidden_state
         values = self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
-        return (values - self.mean) / (self.sd or 1.0), hidden[torch.arange(len(ids)), -1 - back]  # [G3]
+        return (values - self.mean) / (self.sd or 1.0), hidden[torch.arange(len(ids), device=ids.device), -1 - back]
 
 
 class GroupHead(torch.nn.Module):
@@ -300,7 +301,7 @@ def load_models(args, tokenizer):
         torch.nn.init.zeros_(classifier.score.weight)
     for model in (policy, classifier):
         check_length(model, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
-    critic = GroupCritic(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
+    critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
     return policy, ref_policy, critic, reward_model, retokenizer
 
 
@@ -530,8 +531,7 @@ def advantage_multiplier(labels, returns, beta, kind):
 
     Policy gradient of J - beta * variance, with labels and shares taken as constants.
     """
-    pull, _ = group_pull(labels, returns, kind)
-    return (1 - beta * labels.double() @ pull).to(labels.dtype)
+    return (1 - beta * labels.double() @ group_pull(labels, returns, kind)[0]).to(labels.dtype)
 
 
 def adaptive_kl_coefs(labels, scores, kl_coef):
@@ -669,6 +669,7 @@ def main(args: Args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         critic.classifier.gradient_checkpointing_enable()
+    critic = GroupCritic(critic.classifier)
     group_head = GroupHead(critic.classifier.score.in_features, args.num_groups, args.seed)
     for name, model in (("policy", policy), ("critic", critic), ("group_head", group_head)):  # [E9] [G9]
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
@@ -684,8 +685,7 @@ def main(args: Args):
 
     # 2. output folder, resume
     open_folder(folder, args, "group_invariant_ppo")
-    state = (load_checkpoint(folder, engines) if args.resume else None) or {
-        "step": 0, "best": float("-inf"), "moments": (0, 0.0, 0.0)}
+    state = (load_checkpoint(folder, engines) if args.resume else None) or {"step": 0, "best": float("-inf")}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} "
            f"parameters, {world_size()} rank(s) on {device.type}")
@@ -773,7 +773,7 @@ def main(args: Args):
         golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else []
         normalized = scores
         if args.score_clip:  # [G2] by the moments of all scores so far, also these, EOS rule included
-            state["moments"] = running_moments(state["moments"], scores)
+            state["moments"] = running_moments(state.get("moments", (0, 0.0, 0.0)), scores)
             normalized = normalize(scores, state["moments"], args.score_clip)
             state.setdefault("first_moments", state["moments"])
             if reward_model and not retokenizer:  # [G3] a head of zeros has no units
@@ -827,8 +827,8 @@ def main(args: Args):
         else:  # [G8] after whitening, which would undo some of it, and before the clip, as it may be negative
             advantages *= kappas[:, None]
         saved_on_failure = {"queries": query_ids, "responses": responses}
-        stop_if_not_finite({"scores": scores, "values": values, "labels": labels, "ref_logprobs": ref_logprobs,
-                            "logprobs": logprobs}, saved_on_failure, folder, update)
+        stop_if_not_finite({"scores": scores, "values": values, "ref_logprobs": ref_logprobs, "logprobs": logprobs},
+                           saved_on_failure, folder, update)
 
         # 7. update: epochs x minibatches optimizer steps
         token_sums, state_sums = torch.zeros(5, device=device), torch.zeros(2, device=device)  # over all that count
@@ -899,10 +899,11 @@ def main(args: Args):
         # 8. log: masked means over counted tokens or over episodes, on all ranks [E8]
         episode_sums = all_sum(torch.stack([x.sum() for x in (
             scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(),
-            normalized, kl_coefs, kl_coefs * kl.sum(1), -labels * labels.clamp(min=1e-9).log(),
             torch.tensor(golds, device=device))]))  # no golds without a judge
-        score, mean_kl, mean_k3, entropy, length, share_ended, normal, kl_coef, kl_cost, label_entropy, gold = (
-            episode_sums / args.batch_size).tolist()
+        score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
+        group_sums = all_sum(torch.stack([x.sum() for x in (
+            normalized, kl_coefs, kl_coefs * kl.sum(1), -labels * labels.clamp(min=1e-9).log())]))
+        normal, kl_coef, kl_cost, label_entropy = (group_sums / args.batch_size).tolist()
         pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (all_sum(token_sums) / counted[0]).tolist()
         vf_loss, vf_clipfrac = (all_sum(state_sums) / counted[1]).tolist()
         steps = args.num_ppo_epochs * args.num_minibatches
@@ -943,7 +944,7 @@ def main(args: Args):
             "time/generate_tokens_per_second": length * args.batch_size / seconds["generate"]})
         tracker.line(update, args.num_updates, score=(score, "6.3f"), gold=(metrics.get("objective/gold"), ".3f"),
                      kl=(mean_kl, "6.2f"), length=(length, "4.1f"), ended=(share_ended, ".2f"),
-                     entropy=(float(metrics["policy/entropy_avg"]), ".2f"))
+                     gap=(metrics["groups/gap"], "5.2f"), entropy=(float(metrics["policy/entropy_avg"]), ".2f"))
         if mean_kl > 40:
             print0("warning: KL above 40 nats. In the paper such runs had the best scores and the worst texts")
 
