@@ -1,0 +1,297 @@
+"""Group invariant learning, tested at CPU size: python -m experiments.group_invariance --out FOLDER --bed token
+
+Claim (Zheng et al. 2023): where some prompts are easy and others hard, PPO leaves the hard ones behind; inferring the two
+groups, evening out their returns and adapting the KL penalty to them narrows the gap without losing reward.
+
+Two beds, both run by group_invariant_ppo.py itself:
+  token     80 % easy prompts, where one shortcut works everywhere, and 20 % hard ones, whose content must be read; an SFT
+            model of 0.1M parameters that says random symbols; 150 lines below. Its gold reward, which is never trained
+            on, falls where the shortcut is overdone.
+  openings  the embedded SFT and reward models; prompts are the first four words of its sentences, grouped by the sign of
+            their VADER score (11 % negative, 70 % neutral, 19 % positive); gold is VADER's score of the sentence.
+
+Arms, each at three KL coefficients: PPO; + invariance (beta_policy 0 to 1); + adaptive KL; both; on the token bed also
+labels of the prompt, the exact estimator, the uniform variance, a balanced mixture, and controls: shuffled (multipliers
+permuted among episodes), score (labels are ranks of the score, no group head), reweight (each true group at its mean
+multiplier), oracle (the true groups as labels).
+
+Settings were fixed after pilots on seeds 100 to 103; the seeds below are others. Fixed beforehand, at the end of training:
+  primary     "invariance 0.6" minus "ppo": gold mean over the mixture, and gap, the largest difference between the mean
+              scores of true groups, both at equal realised KL (TARGET_KL nats: each seed's three KL coefficients are
+              interpolated linearly in their KL; a seed that does not reach that KL on both sides is left out, and
+              counted), paired by seed, mean and 95 % interval (t).
+  equivalence is claimed only where the whole interval lies within +-MARGINS.
+  secondary   the same for every other arm, and the figures at each KL coefficient.
+The means of the groups at other shares of easy prompts follow from the same numbers: that would be reweighting, no evidence
+of generalisation, and is not reported. No outcome is required.
+
+A finished run is not repeated: stop the command and give it again, with --part 1/2 and 2/2 for two cores. When all runs are
+there, `--bed token --report` prints the tables. --seeds and further flags of the script are for pilots.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import group_invariant_ppo as gi
+from assets import vader
+
+# ---- The token bed ----------------------------------------------------------------------------------------
+# A prompt is a marker, E (easy) or H (hard), and a content symbol 0 to 7; a response has six of the symbols 0 to 7.
+
+SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
+T_975 = 2.365  # of Student's distribution with 7 degrees of freedom
+TARGET_KL = {"token": 2.5, "openings": 4.0}
+MARGINS = {"token": {"gold": 0.03, "gap": 0.1}, "openings": {"gold": 0.05, "gap": 0.2}}
+LENGTH = 6
+TASK = {}  # of the run: wanted_symbols of its seed
+
+
+def wanted_symbols(seed):
+    """{marker: wanted symbol for each content 0 to 7}: 0 for easy prompts, one of 1 to 7 that the seed draws for hard ones."""
+    return {"E": [0] * 8, "H": np.random.default_rng((seed, 8)).integers(1, 8, 8).tolist()}
+
+
+def shares(queries, responses):
+    """(is easy, share of the response's six places that hold what the proxy wants) of each: token 0, or m(content)."""
+    for query, response in zip(queries, responses):
+        marker, content = query.split()
+        wanted = str(TASK[marker][int(content)])
+        yield marker == "E", response.split()[:LENGTH].count(wanted) / LENGTH
+
+
+def proxy(queries, responses):
+    """What is trained: 2 x the share of wanted tokens, from 0 to 2."""
+    return [2 * share for _, share in shares(queries, responses)]
+
+
+def gold(queries, responses):
+    """What the proxy stands for: on hard prompts the same, on easy ones it falls again beyond a share of 1/2."""
+    return [2 * (min(share, 1 - share) if easy else share) for easy, share in shares(queries, responses)]
+
+
+def token_model(folder, seed):
+    """An SFT model, by sft.py: a GPT-2 of two layers of width 64 that says six random symbols and EOS; and prompts."""
+    import sft
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    if (folder / "sft" / "summary.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: i for i, token in enumerate([*"01234567", "E", "H", "[EOS]", "[PAD]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", pad_token="[PAD]")
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=12, n_positions=16, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2, bos_token_id=10,
+        eos_token_id=10, pad_token_id=11))
+    model.save_pretrained(folder / "random")
+    tokenizer.save_pretrained(folder / "random")
+    rng = np.random.default_rng((seed, 9))
+    rows = [{"prompt": f"{'EH'[i % 2]} {rng.integers(8)}",
+             "completion": "".join(f" {symbol}" for symbol in rng.integers(0, 8, LENGTH))} for i in range(8192)]
+    write(folder / "demonstrations.jsonl", rows[256:])
+    write(folder / "demonstrations_validation.jsonl", rows[:256])
+    for name, share in (("imbalanced", 0.8), ("balanced", 0.5)):  # prompts, easy and hard
+        markers = np.where(rng.random(1000).argsort() < 1000 * share, "E", "H")
+        write(folder / f"{name}.jsonl", [
+            {"prompt": f"{marker} {rng.integers(8)}", "group": str(marker)} for marker in markers])
+    write(folder / "evaluation.jsonl", [
+        {"prompt": f"{'EH'[i % 2]} {i // 2 % 8}", "group": "EH"[i % 2]} for i in range(512)])
+    sft.main(tyro.cli(sft.Args, args=[
+        f"--model={folder / 'random'}", f"--train_data={folder}/demonstrations.jsonl",
+        f"--eval_data={folder}/demonstrations_validation.jsonl", f"--output_dir={folder / 'sft'}", "--overwrite",
+        "--lr=3e-3", "--batch_size=64", "--micro_batch_size=64", "--epochs=3", "--max_prompt_length=2", "--max_length=9",
+        "--response_length=7", "--log_every=100"]))
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- Arms and controls ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def control(name, groups, seed):
+    """Within, group_invariant_ppo.py has other labels or multipliers than those of its group head.
+
+    shuffled: its multipliers, permuted among the episodes. score: labels are the rank of the score, no head. oracle: the
+    true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids as a tuple: 0 or 1}.
+    """
+    real = {function: getattr(gi, function) for function in (
+        "join", "normalize", "advantage_multiplier", "adaptive_kl_coefs")}
+    rng, batch = np.random.default_rng((seed, 5)), {}
+
+    def join(queries, *others):  # the last call before the multipliers is that of the update's episodes
+        batch["easy"] = torch.tensor([groups.get(tuple(query), 0) for query in queries])
+        return real["join"](queries, *others)
+
+    def normalize(scores, *others):
+        batch["rank"] = (scores.argsort().argsort() + 0.5) / len(scores)
+        return real["normalize"](scores, *others)
+
+    def other_labels(labels):
+        high = {"score": "rank", "oracle": "easy"}.get(name)
+        return labels if high is None else torch.stack([1 - batch[high].float(), batch[high].float()], dim=1)
+
+    def multiplier(labels, *others):
+        kappas = real["advantage_multiplier"](other_labels(labels), *others)
+        if name == "shuffled":
+            kappas = kappas[torch.from_numpy(rng.permutation(len(kappas)))]
+        if name == "reweight":
+            kappas = torch.where(batch["easy"] == 1, kappas[batch["easy"] == 1].mean(), kappas[batch["easy"] == 0].mean())
+        return kappas
+
+    def kl_coefs(labels, *others):
+        return real["adaptive_kl_coefs"](other_labels(labels), *others)
+
+    try:
+        gi.join, gi.normalize, gi.advantage_multiplier, gi.adaptive_kl_coefs = join, normalize, multiplier, kl_coefs
+        yield
+    finally:
+        for function, value in real.items():
+            setattr(gi, function, value)
+
+
+PPO = ["--beta_critic=0", "--beta_policy=0", "--no-dynamic_kl"]
+BETA = 0.6
+
+
+def invariance(beta, *more):
+    return [f"--beta_policy={beta}", "--no-dynamic_kl", *more]
+
+
+# {name of the arm: (flags, control, prompts, KL coefficients)}; adaptive KL lowers its own on the way
+TOKEN_KLS, TOKEN_KLS_ADAPTIVE = (0.2, 0.3, 0.4), (0.3, 0.4, 0.6)
+TOKEN_ARMS = {
+    "ppo": (PPO, None, "imbalanced", TOKEN_KLS),
+    **{f"invariance {beta:g}": (invariance(beta), None, "imbalanced", TOKEN_KLS)
+       for beta in (0, 0.01, 0.1, 0.3, 0.6, 1)},
+    "adaptive KL": (["--beta_policy=0"], None, "imbalanced", TOKEN_KLS_ADAPTIVE),
+    "both": ([f"--beta_policy={BETA}"], None, "imbalanced", TOKEN_KLS_ADAPTIVE),
+    "shuffled": (invariance(BETA), "shuffled", "imbalanced", TOKEN_KLS),
+    "score": (invariance(BETA), "score", "imbalanced", TOKEN_KLS),
+    "reweight": (invariance(BETA), "reweight", "imbalanced", TOKEN_KLS),
+    "oracle": (invariance(BETA), "oracle", "imbalanced", TOKEN_KLS),
+    "oracle adaptive KL": (["--beta_policy=0"], "oracle", "imbalanced", TOKEN_KLS_ADAPTIVE),
+    "prompt labels": (invariance(BETA, "--group_level=prompt"), None, "imbalanced", TOKEN_KLS),
+    "exact": (invariance(BETA, "--invariance_estimator=exact"), None, "imbalanced", TOKEN_KLS),
+    "uniform": (invariance(BETA, "--group_variance=uniform"), None, "imbalanced", TOKEN_KLS),
+    "ppo, balanced": (PPO, None, "balanced", TOKEN_KLS),
+    "invariance 0.6, balanced": (invariance(BETA), None, "balanced", TOKEN_KLS),
+}
+TOKEN_FLAGS = [
+    "--total_episodes=12800", "--batch_size=64", "--micro_batch_size=64", "--num_ppo_epochs=1", "--lr=2e-3",
+    "--critic_lr=2e-3", "--group_head_lr=5e-4", "--response_length=7", "--max_prompt_length=2", "--temperature=1.0",
+    "--missing_eos_score=None", "--num_eval_prompts=512", "--eval_every=50", "--save_every=100000",
+    "--rollout_batch_size=512", "--reward_function=experiments.group_invariance:proxy",
+    "--gold_function=experiments.group_invariance:gold"]
+OPENING_KLS, OPENING_KLS_ADAPTIVE = (0.08, 0.16, 0.32), (0.16, 0.32, 0.64)
+OPENING_ARMS = {
+    "ppo without KL": (PPO, None, "openings", (0.0,)),
+    "ppo": (PPO, None, "openings", OPENING_KLS),
+    "invariance 0.01": (invariance(0.01), None, "openings", OPENING_KLS),
+    "invariance 0.6": (invariance(BETA), None, "openings", OPENING_KLS),
+    "adaptive KL": (["--beta_policy=0"], None, "openings", OPENING_KLS_ADAPTIVE),
+    "both": ([f"--beta_policy={BETA}"], None, "openings", OPENING_KLS_ADAPTIVE),
+}
+OPENING_FLAGS = [
+    "--total_episodes=1920", "--eval_every=10", "--save_every=100000", "--gold_function=assets.vader:compound"]
+
+
+# ---- Runs -------------------------------------------------------------------------------------------------
+
+
+def token_data(out, seed):
+    token_model(out / f"token_task_{seed}", seed)
+    TASK.update(wanted_symbols(seed))
+    folder = out / f"token_task_{seed}"
+    return folder, folder / "sft", {(8 + hard, content): 1 - hard for hard in (0, 1) for content in range(8)}
+
+
+def opening_data(out, seed):
+    """The first four words of the embedded sentences as prompts; their group is the sign of their VADER score."""
+    folder = out / "openings"
+    for name in ("openings", "evaluation") if not (folder / "evaluation.jsonl").exists() else ():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for line in open(f"assets/data/{'train' if name == 'openings' else 'validation'}.jsonl"):
+            row = json.loads(line)
+            words = (row["prompt"] + row["completion"]).split(" ")
+            if len(words) > 5:
+                opening = " ".join(words[:4])
+                compound = vader.compound([opening], [""])[0]
+                group = "positive" if compound >= 0.05 else "negative" if compound <= -0.05 else "neutral"
+                rows.append({"prompt": opening, "completion": " " + " ".join(words[4:]), "group": group})
+        write(folder / f"{name}.jsonl", rows)
+    return folder, Path("assets/sft"), {}
+
+
+BEDS = {"token": (TOKEN_ARMS, TOKEN_FLAGS, token_data), "openings": (OPENING_ARMS, OPENING_FLAGS, opening_data)}
+
+
+def run(out, bed, arm, kl_coef, seed, flags=()):
+    """One run, as a file of figures: the evaluations by true group, and what was logged of the groups."""
+    file = out / bed / f"{arm.replace(',', '').replace(' ', '_')}-kl_{kl_coef:g}-seed_{seed}.json"
+    if file.exists():
+        return
+    arms, bed_flags, make_data = BEDS[bed]
+    more, change, prompts, _ = arms[arm]
+    data, sft_model, groups = make_data(out, seed)
+    folder = file.with_suffix("")
+    with control(change, groups, seed):
+        gi.main(tyro.cli(gi.Args, args=[
+            f"--sft_model={sft_model}", f"--prompts={data}/{prompts}.jsonl", f"--eval_prompts={data}/evaluation.jsonl",
+            f"--output_dir={folder}", "--overwrite", f"--seed={seed}", f"--kl_coef={kl_coef}", *bed_flags, *more, *flags]))
+    true_group = {row["prompt"]: row["group"] for row in map(json.loads, open(data / "evaluation.jsonl"))}
+    samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
+    metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    curve = {}
+    for row in samples:
+        by_group = curve.setdefault(row["step"], {}).setdefault(true_group[row["query"]], [])
+        by_group.append([row[key] for key in ("score", "gold", "kl", "length")])
+    last = {group: [row[0] for row in rows] for group, rows in curve[max(curve)].items()}
+    kept = [{key: value for key, value in row.items() if key == "step" or key.startswith("group") or key.startswith("objective")}
+            for row in metrics if "lr" in row]
+    file.write_text(json.dumps({
+        "arm": arm, "kl_coef": kl_coef, "seed": seed, "scores": last, "metrics": kept[::5] + kept[-1:],
+        "curve": {step: {group: [len(rows), *np.mean(rows, axis=0)] for group, rows in groups.items()}
+                  for step, groups in curve.items()}}))
+    for path in folder.iterdir():  # the policy stays, for evaluate.py
+        if bed == "token" or path.is_dir() or path.suffix == ".jsonl":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if bed == "token":
+        folder.rmdir()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/group_invariance"))
+    parser.add_argument("--bed", choices=BEDS, default="token")
+    parser.add_argument("--part", default="1/1", help="K/N: every N-th run from the K-th on, for several cores")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--arm", help="this one alone")
+    parser.add_argument("--kl_coef", type=float, help="this one alone")
+    arguments, flags = parser.parse_known_args()
+    (arguments.out / arguments.bed).mkdir(parents=True, exist_ok=True)
+    todo = [(arguments.bed, arm, kl_coef, seed) for seed in arguments.seeds for arm, (*_, kl_coefs)
+            in BEDS[arguments.bed][0].items() for kl_coef in kl_coefs
+            if arguments.arm in (None, arm) and arguments.kl_coef in (None, kl_coef)]
+    part, parts = map(int, arguments.part.split("/"))
+    for one in todo[part - 1 :: parts]:
+        run(arguments.out, *one, flags)
+
+
+if __name__ == "__main__":
+    from experiments import group_invariance  # the module whose functions the script loads, not this copy named __main__
+
+    group_invariance.main()
