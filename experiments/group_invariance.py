@@ -46,8 +46,8 @@ from assets import vader
 # A prompt is a marker, E (easy) or H (hard), and a content symbol 0 to 7; a response has six of the symbols 0 to 7.
 
 SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
-T_975 = 2.365  # of Student's distribution with 7 degrees of freedom
-TARGET_KL = {"token": 2.5, "openings": 4.0}
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's distribution, by values
+TARGET_KL = {"token": 2.5, "openings": 3.5}
 MARGINS = {"token": {"gold": 0.03, "gap": 0.1}, "openings": {"gold": 0.05, "gap": 0.2}}
 LENGTH = 6
 TASK = {}  # of the run: wanted_symbols of its seed
@@ -205,7 +205,7 @@ OPENING_ARMS = {
     "both": ([f"--beta_policy={BETA}"], None, "openings", OPENING_KLS_ADAPTIVE),
 }
 OPENING_FLAGS = [
-    "--total_episodes=1920", "--eval_every=10", "--save_every=100000", "--gold_function=assets.vader:compound"]
+    "--total_episodes=1280", "--eval_every=10", "--save_every=100000", "--gold_function=assets.vader:compound"]
 
 
 # ---- Runs -------------------------------------------------------------------------------------------------
@@ -273,6 +273,119 @@ def run(out, bed, arm, kl_coef, seed, flags=()):
         folder.rmdir()
 
 
+# ---- Report -----------------------------------------------------------------------------------------------
+
+MIXTURE = {"imbalanced": {"E": 0.8, "H": 0.2}, "balanced": {"E": 0.5, "H": 0.5}}
+
+
+def figures(bed, found):
+    """What one run ended with: gold and KL over the mixture, gap and score of each true group, and its labels."""
+    groups = found["curve"][max(found["curve"], key=int)]  # {group: [rows, score, gold, kl, length]}
+    mixture = MIXTURE[BEDS[bed][0][found["arm"]][2]] if bed == "token" else None
+    total = sum(rows for rows, *_ in groups.values())
+    share = mixture or {group: rows / total for group, (rows, *_) in groups.items()}
+    scores = {group: values[1] for group, values in groups.items()}
+    late = found["metrics"][len(found["metrics"]) // 2 :]
+    return {
+        "gold": sum(share[group] * values[2] for group, values in groups.items()),
+        "gap": max(scores.values()) - min(scores.values()),
+        "KL": sum(share[group] * values[3] for group, values in groups.items()),
+        **{f"score {group}": score for group, score in sorted(scores.items())},
+        **{f"KL {group}": values[3] for group, values in sorted(groups.items())},
+        "AUC": np.mean([max(row["groups/auc"], 1 - row["groups/auc"]) for row in late]),
+        "best group's share": np.mean([row["group_0/share"] for row in late]),
+        "kappa from": min(row["groups/kappa_min"] for row in late),
+        "to": max(row["groups/kappa_max"] for row in late),
+        "mean KL coefficient": np.mean([row["objective/kl_coef"] for row in late])}
+
+
+def interval(values):
+    """Mean and half width of its 95 % interval; nan for the latter with fewer than two values."""
+    half = T_975[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return np.mean(values), half
+
+
+def at_kl(points, kl):
+    """Gold and gap at this KL, linear between the two neighbours of points {"KL", "gold", "gap"}; None outside them."""
+    points = sorted(points, key=lambda point: point["KL"])
+    for left, right in zip(points, points[1:]):
+        if left["KL"] <= kl <= right["KL"]:
+            weight = (kl - left["KL"]) / max(right["KL"] - left["KL"], 1e-9)
+            return {key: (1 - weight) * left[key] + weight * right[key] for key in ("gold", "gap")}
+    return None
+
+
+def report(out, bed):
+    runs = [json.loads(file.read_text()) for file in sorted((out / bed).glob("*.json"))]
+    ends = {(found["arm"], found["kl_coef"], found["seed"]): figures(bed, found) for found in runs}
+    arms, seeds = BEDS[bed][0], sorted({seed for _, _, seed in ends})
+    kl, margins = TARGET_KL[bed], MARGINS[bed]
+    points = {(arm, seed): at_kl([ends[arm, kl_coef, seed] for kl_coef in arms[arm][3] if (arm, kl_coef, seed) in ends], kl)
+              for arm in arms for seed in seeds}
+    print(f"{bed}: {len(runs)} runs, seeds {seeds}\n\nAt {kl:g} nats, minus PPO with the same prompts, paired by seed:\n")
+    print("| arm | seeds | gold | gold - PPO | gap | gap - PPO | verdict |\n|-|-|-|-|-|-|-|")
+    for arm in arms:
+        base = "ppo, balanced" if "balanced" in arm else "ppo"
+        both = [(points[arm, seed], points[base, seed]) for seed in seeds if points[arm, seed] and points[base, seed]]
+        if len(both) < 2:
+            print(f"| {arm} | {len(both)} of {len(seeds)} | | | | | |")
+            continue
+        cells, verdict = [], []
+        for key in ("gold", "gap"):
+            mean, half = interval([ours[key] - theirs[key] for ours, theirs in both])
+            cells += [f"{np.mean([ours[key] for ours, _ in both]):.3f}", f"{mean:+.3f} ± {half:.3f}"]
+            verdict.append(f"{key} {'higher' if mean > 0 else 'lower'}" if abs(mean) > half else
+                           f"{key} equal" if abs(mean) + half < margins[key] else f"{key} open")
+        print(f"| {arm} | {len(both)} of {len(seeds)} | {' | '.join(cells)} | {'' if arm == base else ', '.join(verdict)} |")
+    columns = list(next(iter(ends.values())))
+    print(f"\nAt the end of training, mean ± 95 % interval over the seeds:\n\n| arm | KL coefficient | {' | '.join(columns)} |")
+    print("|-" * (len(columns) + 2) + "|")
+    for arm in arms:
+        for kl_coef in arms[arm][3]:
+            rows = [ends[arm, kl_coef, seed] for seed in seeds if (arm, kl_coef, seed) in ends]
+            if rows:
+                cells = ["{:.3f} ± {:.3f}".format(*interval([row[column] for row in rows])) for column in columns]
+                print(f"| {arm} | {kl_coef:g} | {' | '.join(cells)} |")
+    plot(out, bed, runs)
+
+
+def plot(out, bed, runs):
+    """The gap over training and score against KL at the middle KL coefficient, then histograms of the final scores."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [arm for arm in ("ppo without KL", "ppo", "invariance 0.6", "adaptive KL", "both") if arm in BEDS[bed][0]]
+    figure, axes = pyplot.subplots(1, 2 + len(shown), figsize=(3.2 * (2 + len(shown)), 3.2), layout="constrained")
+    for number, arm in enumerate(shown):
+        kl_coefs = BEDS[bed][0][arm][3]
+        some = [found for found in runs if found["arm"] == arm and found["kl_coef"] == kl_coefs[len(kl_coefs) // 2]]
+        curves = []
+        for found in some:
+            steps = sorted(found["curve"], key=int)
+            scores = [[values[1] for values in found["curve"][step].values()] for step in steps]
+            rows = np.array([[values[0] for values in found["curve"][step].values()] for step in steps])
+            kls = np.array([[values[3] for values in found["curve"][step].values()] for step in steps])
+            curves.append([[max(row) - min(row) for row in scores], (np.array(scores) * rows).sum(1) / rows.sum(1),
+                           (kls * rows).sum(1) / rows.sum(1)])
+        gap, score, kl = np.mean(curves, axis=0)
+        axes[0].plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}", label=arm)
+        axes[1].plot(kl, score, "o-", ms=3, color=f"C{number}")
+        for group in sorted(some[0]["scores"]):
+            values = [score for found in some for score in found["scores"][group]]
+            axes[2 + number].hist(values, bins=24, alpha=0.5, density=True, label=group)
+        axes[2 + number].set(title=f"{arm}: held-out scores at the end")
+        axes[2 + number].legend(fontsize=8)
+    axes[0].set(title="gap between true groups", xlabel="update")
+    axes[1].set(title="score", xlabel="KL to the SFT model, nats")
+    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / f"{bed}.png", dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/group_invariance"))
@@ -281,7 +394,10 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--arm", help="this one alone")
     parser.add_argument("--kl_coef", type=float, help="this one alone")
+    parser.add_argument("--report", action="store_true", help="tables and figure of the runs that are there")
     arguments, flags = parser.parse_known_args()
+    if arguments.report:
+        return report(arguments.out, arguments.bed)
     (arguments.out / arguments.bed).mkdir(parents=True, exist_ok=True)
     todo = [(arguments.bed, arm, kl_coef, seed) for seed in arguments.seeds for arm, (*_, kl_coefs)
             in BEDS[arguments.bed][0].items() for kl_coef in kl_coefs
