@@ -1,32 +1,33 @@
 """Group invariant learning, tested at CPU size: python -m experiments.group_invariance --out FOLDER --bed token
 
-Claim (Zheng et al. 2023): where some prompts are easy and others hard, PPO leaves the hard ones behind; inferring the two
-groups, evening out their returns and adapting the KL penalty to them narrows the gap without losing reward.
+Claim (Zheng et al. 2023): where some prompts are easy and others hard, PPO leaves the hard ones behind; inferring the
+two groups, evening out their returns and adapting the KL penalty to them narrows the gap without losing reward.
 
 Two beds, both run by group_invariant_ppo.py itself:
-  token     80 % easy prompts, where one shortcut works everywhere, and 20 % hard ones, whose content must be read; an SFT
-            model of 0.1M parameters that says random symbols; 150 lines below. Its gold reward, which is never trained
-            on, falls where the shortcut is overdone.
-  openings  the embedded SFT and reward models; prompts are the first four words of its sentences, grouped by the sign of
-            their VADER score (11 % negative, 70 % neutral, 19 % positive); gold is VADER's score of the sentence.
+  token     80 % easy prompts, where one shortcut works everywhere, and 20 % hard ones, whose content must be read; an
+            SFT model of 0.1M parameters that says nearly random symbols. Its gold reward, which is never trained on,
+            falls where the shortcut is overdone.
+  openings  the embedded SFT and reward models; prompts are the first four words of its sentences, grouped by the sign
+            of their VADER score (11 % negative, 70 % neutral, 19 % positive); gold is VADER's score of the sentence.
 
 Arms, each at three KL coefficients: PPO; + invariance (beta_policy 0 to 1); + adaptive KL; both; on the token bed also
 labels of the prompt, the exact estimator, the uniform variance, a balanced mixture, and controls: shuffled (multipliers
 permuted among episodes), score (labels are ranks of the score, no group head), reweight (each true group at its mean
 multiplier), oracle (the true groups as labels).
 
-Settings were fixed after pilots on seeds 100 to 103; the seeds below are others. Fixed beforehand, at the end of training:
-  primary     "invariance 0.6" minus "ppo": gold mean over the mixture, and gap, the largest difference between the mean
-              scores of true groups, both at equal realised KL (TARGET_KL nats: each seed's three KL coefficients are
-              interpolated linearly in their KL; a seed that does not reach that KL on both sides is left out, and
+Settings were fixed after pilots on seeds 1 and 100 to 103; the seeds below are others. Fixed beforehand, at the end of
+training:
+  primary     "invariance 0.6" minus "ppo": gold mean over the mixture, and gap, the largest difference between the
+              mean scores of true groups, both at equal realised KL (TARGET_KL nats: each seed's three KL coefficients
+              are interpolated linearly in their KL; a seed that does not reach that KL on both sides is left out, and
               counted), paired by seed, mean and 95 % interval (t).
-  equivalence is claimed only where the whole interval lies within +-MARGINS.
+  equivalence is claimed only where the whole interval lies within plus and minus MARGINS.
   secondary   the same for every other arm, and the figures at each KL coefficient.
-The means of the groups at other shares of easy prompts follow from the same numbers: that would be reweighting, no evidence
-of generalisation, and is not reported. No outcome is required.
+The figures for other shares of easy prompts follow from the same group means: that would be reweighting, no evidence of
+generalisation, and is not reported. No outcome is required.
 
-A finished run is not repeated: stop the command and give it again, with --part 1/2 and 2/2 for two cores. When all runs are
-there, `--bed token --report` prints the tables. --seeds and further flags of the script are for pilots.
+A finished run is not repeated: stop the command and give it again, with --part 1/2 and 2/2 for two cores. When all runs
+are there, --report prints the tables. --seeds, --arm, --kl_coef and further flags of the script are for pilots.
 """
 
 import argparse
@@ -45,16 +46,17 @@ from assets import vader
 # ---- The token bed ----------------------------------------------------------------------------------------
 # A prompt is a marker, E (easy) or H (hard), and a content symbol 0 to 7; a response has six of the symbols 0 to 7.
 
-SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
+SEEDS = (11, 12, 13, 14, 15, 16, 17, 18)
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's distribution, by values
 TARGET_KL = {"token": 2.5, "openings": 3.5}
 MARGINS = {"token": {"gold": 0.03, "gap": 0.1}, "openings": {"gold": 0.05, "gap": 0.2}}
 LENGTH = 6
+HINT = 0.05
 TASK = {}  # of the run: wanted_symbols of its seed
 
 
 def wanted_symbols(seed):
-    """{marker: wanted symbol for each content 0 to 7}: 0 for easy prompts, one of 1 to 7 that the seed draws for hard ones."""
+    """{marker: wanted symbol for each content 0 to 7}: 0 for easy prompts, and 1 to 7, drawn by the seed, for hard ones."""
     return {"E": [0] * 8, "H": np.random.default_rng((seed, 8)).integers(1, 8, 8).tolist()}
 
 
@@ -77,7 +79,10 @@ def gold(queries, responses):
 
 
 def token_model(folder, seed):
-    """An SFT model, by sft.py: a GPT-2 of two layers of width 64 that says six random symbols and EOS; and prompts."""
+    """An SFT model, by sft.py: a GPT-2 of two layers of width 64 that says six symbols and EOS; and prompts.
+
+    A symbol is the wanted one with probability HINT, else random: without it the model would not read the content.
+    """
     import sft
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -95,9 +100,11 @@ def token_model(folder, seed):
         eos_token_id=10, pad_token_id=11))
     model.save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
-    rng = np.random.default_rng((seed, 9))
-    rows = [{"prompt": f"{'EH'[i % 2]} {rng.integers(8)}",
-             "completion": "".join(f" {symbol}" for symbol in rng.integers(0, 8, LENGTH))} for i in range(8192)]
+    rng, symbols, rows = np.random.default_rng((seed, 9)), wanted_symbols(seed), []
+    for i in range(8192):
+        marker, content = "EH"[i % 2], int(rng.integers(8))
+        response = np.where(rng.random(LENGTH) < HINT, symbols[marker][content], rng.integers(0, 8, LENGTH))
+        rows.append({"prompt": f"{marker} {content}", "completion": "".join(f" {symbol}" for symbol in response)})
     write(folder / "demonstrations.jsonl", rows[256:])
     write(folder / "demonstrations_validation.jsonl", rows[:256])
     for name, share in (("imbalanced", 0.8), ("balanced", 0.5)):  # prompts, easy and hard
@@ -124,8 +131,8 @@ def write(file, rows):
 def control(name, groups, seed):
     """Within, group_invariant_ppo.py has other labels or multipliers than those of its group head.
 
-    shuffled: its multipliers, permuted among the episodes. score: labels are the rank of the score, no head. oracle: the
-    true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids as a tuple: 0 or 1}.
+    shuffled: its multipliers, permuted among the episodes. score: labels are the rank of the score, no head. oracle:
+    the true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids: 1 if easy else 0}.
     """
     real = {function: getattr(gi, function) for function in (
         "join", "normalize", "advantage_multiplier", "adaptive_kl_coefs")}
@@ -148,7 +155,8 @@ def control(name, groups, seed):
         if name == "shuffled":
             kappas = kappas[torch.from_numpy(rng.permutation(len(kappas)))]
         if name == "reweight":
-            kappas = torch.where(batch["easy"] == 1, kappas[batch["easy"] == 1].mean(), kappas[batch["easy"] == 0].mean())
+            easy = batch["easy"] == 1
+            kappas = torch.where(easy, kappas[easy].mean(), kappas[~easy].mean())
         return kappas
 
     def kl_coefs(labels, *others):
@@ -251,7 +259,8 @@ def run(out, bed, arm, kl_coef, seed, flags=()):
     with control(change, groups, seed):
         gi.main(tyro.cli(gi.Args, args=[
             f"--sft_model={sft_model}", f"--prompts={data}/{prompts}.jsonl", f"--eval_prompts={data}/evaluation.jsonl",
-            f"--output_dir={folder}", "--overwrite", f"--seed={seed}", f"--kl_coef={kl_coef}", *bed_flags, *more, *flags]))
+            f"--output_dir={folder}", "--overwrite", f"--seed={seed}", f"--kl_coef={kl_coef}", *bed_flags, *more,
+            *flags]))
     true_group = {row["prompt"]: row["group"] for row in map(json.loads, open(data / "evaluation.jsonl"))}
     samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
     metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
@@ -260,7 +269,7 @@ def run(out, bed, arm, kl_coef, seed, flags=()):
         by_group = curve.setdefault(row["step"], {}).setdefault(true_group[row["query"]], [])
         by_group.append([row[key] for key in ("score", "gold", "kl", "length")])
     last = {group: [row[0] for row in rows] for group, rows in curve[max(curve)].items()}
-    kept = [{key: value for key, value in row.items() if key == "step" or key.startswith("group") or key.startswith("objective")}
+    kept = [{key: value for key, value in row.items() if key.startswith(("step", "group", "objective"))}
             for row in metrics if "lr" in row]
     file.write_text(json.dumps({
         "arm": arm, "kl_coef": kl_coef, "seed": seed, "scores": last, "metrics": kept[::5] + kept[-1:],
@@ -320,9 +329,9 @@ def report(out, bed):
     ends = {(found["arm"], found["kl_coef"], found["seed"]): figures(bed, found) for found in runs}
     arms, seeds = BEDS[bed][0], sorted({seed for _, _, seed in ends})
     kl, margins = TARGET_KL[bed], MARGINS[bed]
-    points = {(arm, seed): at_kl([ends[arm, kl_coef, seed] for kl_coef in arms[arm][3] if (arm, kl_coef, seed) in ends], kl)
-              for arm in arms for seed in seeds}
-    print(f"{bed}: {len(runs)} runs, seeds {seeds}\n\nAt {kl:g} nats, minus PPO with the same prompts, paired by seed:\n")
+    points = {(arm, seed): at_kl([ends[arm, kl_coef, seed] for kl_coef in arms[arm][3]
+                                  if (arm, kl_coef, seed) in ends], kl) for arm in arms for seed in seeds}
+    print(f"{bed}: {len(runs)} runs, seeds {seeds}\n\nAt {kl:g} nats, paired by seed with PPO on the same prompts:\n")
     print("| arm | seeds | gold | gold - PPO | gap | gap - PPO | verdict |\n|-|-|-|-|-|-|-|")
     for arm in arms:
         base = "ppo, balanced" if "balanced" in arm else "ppo"
@@ -336,9 +345,11 @@ def report(out, bed):
             cells += [f"{np.mean([ours[key] for ours, _ in both]):.3f}", f"{mean:+.3f} ± {half:.3f}"]
             verdict.append(f"{key} {'higher' if mean > 0 else 'lower'}" if abs(mean) > half else
                            f"{key} equal" if abs(mean) + half < margins[key] else f"{key} open")
-        print(f"| {arm} | {len(both)} of {len(seeds)} | {' | '.join(cells)} | {'' if arm == base else ', '.join(verdict)} |")
+        verdict = "" if arm == base else ", ".join(verdict)
+        print(f"| {arm} | {len(both)} of {len(seeds)} | {' | '.join(cells)} | {verdict} |")
     columns = list(next(iter(ends.values())))
-    print(f"\nAt the end of training, mean ± 95 % interval over the seeds:\n\n| arm | KL coefficient | {' | '.join(columns)} |")
+    print("\nAt the end of training, mean ± 95 % interval over the seeds:\n")
+    print(f"| arm | KL coefficient | {' | '.join(columns)} |")
     print("|-" * (len(columns) + 2) + "|")
     for arm in arms:
         for kl_coef in arms[arm][3]:
@@ -369,6 +380,8 @@ def plot(out, bed, runs):
             kls = np.array([[values[3] for values in found["curve"][step].values()] for step in steps])
             curves.append([[max(row) - min(row) for row in scores], (np.array(scores) * rows).sum(1) / rows.sum(1),
                            (kls * rows).sum(1) / rows.sum(1)])
+        if not some:
+            continue
         gap, score, kl = np.mean(curves, axis=0)
         axes[0].plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}", label=arm)
         axes[1].plot(kl, score, "o-", ms=3, color=f"C{number}")
@@ -408,6 +421,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from experiments import group_invariance  # the module whose functions the script loads, not this copy named __main__
+    from experiments import group_invariance  # whose functions the script loads, not this copy named __main__
 
     group_invariance.main()
