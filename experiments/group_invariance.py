@@ -33,7 +33,10 @@ are there, --report prints the tables. --seeds, --arm, --kl_coef and further fla
 import argparse
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +59,7 @@ TASK = {}  # of the run: wanted_symbols of its seed
 
 
 def wanted_symbols(seed):
-    """{marker: wanted symbol for each content 0 to 7}: 0 for easy prompts, and 1 to 7, drawn by the seed, for hard ones."""
+    """{marker: wanted symbol for each content 0 to 7}: 0 for easy prompts, drawn from 1 to 7 for hard ones."""
     return {"E": [0] * 8, "H": np.random.default_rng((seed, 8)).integers(1, 8, 8).tolist()}
 
 
@@ -116,8 +119,8 @@ def token_model(folder, seed):
     sft.main(tyro.cli(sft.Args, args=[
         f"--model={folder / 'random'}", f"--train_data={folder}/demonstrations.jsonl",
         f"--eval_data={folder}/demonstrations_validation.jsonl", f"--output_dir={folder / 'sft'}", "--overwrite",
-        "--lr=3e-3", "--batch_size=64", "--micro_batch_size=64", "--epochs=3", "--max_prompt_length=2", "--max_length=9",
-        "--response_length=7", "--log_every=100"]))
+        "--lr=3e-3", "--batch_size=64", "--micro_batch_size=64", "--epochs=3", "--max_prompt_length=2",
+        "--max_length=9", "--response_length=7", "--log_every=100"]))
 
 
 def write(file, rows):
@@ -132,7 +135,7 @@ def control(name, groups, seed):
     """Within, group_invariant_ppo.py has other labels or multipliers than those of its group head.
 
     shuffled: its multipliers, permuted among the episodes. score: labels are the rank of the score, no head. oracle:
-    the true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids: 1 if easy else 0}.
+    the true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids: easy, 1 or 0}.
     """
     real = {function: getattr(gi, function) for function in (
         "join", "normalize", "advantage_multiplier", "adaptive_kl_coefs")}
@@ -228,7 +231,7 @@ def token_data(out, seed):
 
 def opening_data(out, seed):
     """The first four words of the embedded sentences as prompts; their group is the sign of their VADER score."""
-    folder = out / "openings"
+    folder = out / "openings_data"
     for name in ("openings", "evaluation") if not (folder / "evaluation.jsonl").exists() else ():
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
@@ -308,6 +311,13 @@ def figures(bed, found):
         "mean KL coefficient": np.mean([row["objective/kl_coef"] for row in late])}
 
 
+def rounded(values):
+    """A dict or list of numbers with five digits: enough for a record."""
+    if isinstance(values, dict):
+        return {key: float(f"{value:.5g}") for key, value in values.items()}
+    return [float(f"{value:.5g}") for value in values]
+
+
 def interval(values):
     """Mean and half width of its 95 % interval; nan for the latter with fewer than two values."""
     half = T_975[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
@@ -327,6 +337,10 @@ def at_kl(points, kl):
 def report(out, bed):
     runs = [json.loads(file.read_text()) for file in sorted((out / bed).glob("*.json"))]
     ends = {(found["arm"], found["kl_coef"], found["seed"]): figures(bed, found) for found in runs}
+    write(out / f"{bed}.jsonl", [{
+        "arm": found["arm"], "kl_coef": found["kl_coef"], "seed": found["seed"], **rounded(list(ends.values())[i]),
+        "curve": {step: {group: rounded(values) for group, values in groups.items()}
+                  for step, groups in found["curve"].items()}} for i, found in enumerate(runs)])
     arms, seeds = BEDS[bed][0], sorted({seed for _, _, seed in ends})
     kl, margins = TARGET_KL[bed], MARGINS[bed]
     points = {(arm, seed): at_kl([ends[arm, kl_coef, seed] for kl_coef in arms[arm][3]
@@ -358,6 +372,32 @@ def report(out, bed):
                 cells = ["{:.3f} ± {:.3f}".format(*interval([row[column] for row in rows])) for column in columns]
                 print(f"| {arm} | {kl_coef:g} | {' | '.join(cells)} |")
     plot(out, bed, runs)
+
+
+def win_rates(out, seeds):
+    """evaluate.py on the openings: the arms at their middle KL coefficient, and PPO without KL, against SFT and PPO."""
+    table = {}
+    for seed in seeds:
+        folder, models = out / "win_rates" / f"seed_{seed}", {}
+        for arm, (*_, kl_coefs) in OPENING_ARMS.items():
+            models[f"{arm.replace(' ', '_')}-kl_{kl_coefs[len(kl_coefs) // 2]:g}-seed_{seed}"] = arm
+        if not (folder / "summary.json").exists():
+            policies = [str(out / "openings" / name) for name in models]
+            subprocess.run([
+                sys.executable, "evaluate.py", "--models", "assets/sft", *policies, "--prompts",
+                str(out / "openings_data" / "evaluation.jsonl"), "--output_dir", str(folder), "--overwrite"],
+                check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for row in json.loads((folder / "summary.json").read_text())["comparisons"]:
+            pair = models.get(row["a"], row["a"]), models.get(row["b"], row["b"])
+            for (a, b), rate in ((pair, row["win_rate"]), (pair[::-1], 1 - row["win_rate"])):
+                table.setdefault((row["judge"], a, b), []).append(rate)
+    against = ("references", "sft", "ppo without KL", "ppo")
+    for judge in sorted({judge for judge, _, _ in table}):
+        print(f"\nWin rates by {judge}, mean ± 95 % interval over {len(seeds)} seeds:\n\n| | {' | '.join(against)} |")
+        print("|-" * (len(against) + 1) + "|")
+        for arm in ("sft", *OPENING_ARMS):
+            cells = ["{:.3f} ± {:.3f}".format(*interval(table.get((judge, arm, other), []))) for other in against]
+            print(f"| {arm} | {' | '.join(cells)} |")
 
 
 def plot(out, bed, runs):
@@ -407,8 +447,11 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--arm", help="this one alone")
     parser.add_argument("--kl_coef", type=float, help="this one alone")
+    parser.add_argument("--win_rates", action="store_true", help="of the policies of the openings, by evaluate.py")
     parser.add_argument("--report", action="store_true", help="tables and figure of the runs that are there")
     arguments, flags = parser.parse_known_args()
+    if arguments.win_rates:
+        return win_rates(arguments.out, arguments.seeds)
     if arguments.report:
         return report(arguments.out, arguments.bed)
     (arguments.out / arguments.bed).mkdir(parents=True, exist_ok=True)
