@@ -22,7 +22,8 @@ training:
               are interpolated linearly in their KL; a seed that does not reach that KL on both sides is left out, and
               counted), paired by seed, mean and 95 % interval (t).
   equivalence is claimed only where the whole interval lies within plus and minus MARGINS.
-  secondary   the same for every other arm, and the figures at each KL coefficient.
+  secondary   the same for every other arm, and the figures at each KL coefficient. Added when the first seed had run,
+              because adaptive KL steers its own KL: each run minus PPO interpolated at the KL of that very run.
 The figures for other shares of easy prompts follow from the same group means: that would be reweighting, no evidence of
 generalisation, and is not reported. No outcome is required.
 
@@ -319,7 +320,7 @@ def rounded(values):
 
 
 def interval(values):
-    """Mean and half width of its 95 % interval; nan for the latter with fewer than two values."""
+    """Mean and half width of its 95 % interval over the seeds; nan for the latter with fewer than two values."""
     half = T_975[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
     return np.mean(values), half
 
@@ -361,6 +362,10 @@ def report(out, bed):
                            f"{key} equal" if abs(mean) + half < margins[key] else f"{key} open")
         verdict = "" if arm == base else ", ".join(verdict)
         print(f"| {arm} | {len(both)} of {len(seeds)} | {' | '.join(cells)} | {verdict} |")
+    for (arm, kl_coef, seed), end in ends.items():  # against PPO at the KL of this very run
+        base = "ppo, balanced" if "balanced" in arm else "ppo"
+        theirs = at_kl([ends[base, other, seed] for other in arms[base][3] if (base, other, seed) in ends], end["KL"])
+        end |= {f"{key} - PPO at this KL": theirs and end[key] - theirs[key] for key in ("gold", "gap")}
     columns = list(next(iter(ends.values())))
     print("\nAt the end of training, mean ± 95 % interval over the seeds:\n")
     print(f"| arm | KL coefficient | {' | '.join(columns)} |")
@@ -369,7 +374,9 @@ def report(out, bed):
         for kl_coef in arms[arm][3]:
             rows = [ends[arm, kl_coef, seed] for seed in seeds if (arm, kl_coef, seed) in ends]
             if rows:
-                cells = ["{:.3f} ± {:.3f}".format(*interval([row[column] for row in rows])) for column in columns]
+                values = [[row[column] for row in rows if row[column] is not None] for column in columns]
+                cells = ["{:.3f} ± {:.3f}".format(*interval(some)) + f" ({len(some)})" * (len(some) < len(seeds))
+                         if some else "" for some in values]
                 print(f"| {arm} | {kl_coef:g} | {' | '.join(cells)} |")
     plot(out, bed, runs)
 
