@@ -532,6 +532,13 @@ def test_group_invariant_ppo_reference_run_has_groups_that_matter(one):
         assert rows[-1]["groups/kappa_max"] - rows[-1]["groups/kappa_min"] > 0.1
 
 
+def test_the_group_head_has_a_learning_rate_of_its_own(inputs, one):
+    """In three updates of two epochs AdamW moves a weight of the head by 0.05 (1 + 2/3 + 1/3) at most, and some nearly so."""
+    head, start = (weights(path) for path in (one / "group_invariant_ppo/group_head", inputs / "group_head"))
+    moved = (head["weight"] - start["weight"]).abs()
+    assert 0.09 < moved.max() < 0.101 and moved.median() > 0.05
+
+
 @pytest.mark.parametrize("run", ["zero0", "zero2", "zero3", "zero3_savers", "micro1", "micro8", "exact_zero0"])
 def test_group_invariant_ppo_does_not_depend_on_ranks_or_micro_batches(inputs, one, two, run):
     """group_invariant_ppo.py: every metric, and policy, critic and group head, of two ranks at every ZeRO stage, and of other
