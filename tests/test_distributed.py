@@ -47,9 +47,9 @@ def arguments(script, inputs, output_dir, **changes):
     """Args of a short run: 7 rows in batches of 4, so that the last batch is uneven on two ranks."""
     rows, pairs, lm, rm = (str(inputs / name) for name in ("rows.jsonl", "pairs.jsonl", "lm", "rm"))
     common = dict(output_dir=str(output_dir), seed=SEED, max_grad_norm=0.5, lr=1e-3)
-    rollouts = dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, total_episodes=24,
-                    batch_size=8, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0, eval_every=2,
-                    save_every=100, num_ppo_epochs=2)
+    rollouts = dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, batch_size=8,
+                    total_episodes=24, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0,
+                    eval_every=2, save_every=100, num_ppo_epochs=2)
     own = {
         sft: dict(model=lm, train_data=rows, eval_data=rows, epochs=2, batch_size=4, micro_batch_size=1, log_every=1,
                   num_samples=3, response_length=4),
@@ -101,8 +101,8 @@ ON_TWO_RANKS = {
     **{f"ppo_zero{stage}_savers": (ppo, dict(zero_stage=stage, **SAVERS)) for stage in (2, 3)},
     "ppo_offload_frozen": (ppo, dict(offload_frozen=True)),
     "ppo_ending_zero3": (ppo, ENDING | dict(zero_stage=3)),
-    **{f"group_invariant_ppo_zero{stage}": (group_invariant_ppo, dict(zero_stage=stage, save_every=1 if stage == 2 else 100))
-       for stage in (0, 2, 3)},
+    **{f"group_invariant_ppo_zero{stage}": (
+        group_invariant_ppo, dict(zero_stage=stage, save_every=1 if stage == 2 else 100)) for stage in (0, 2, 3)},
     "group_invariant_ppo_exact_zero0": (group_invariant_ppo, EXACT),
     "group_invariant_ppo_zero3_savers": (group_invariant_ppo, dict(zero_stage=3, **SAVERS)),
     **{f"group_invariant_ppo_minibatches_zero{stage}": (group_invariant_ppo, dict(zero_stage=stage, num_minibatches=2))
@@ -533,7 +533,7 @@ def test_group_invariant_ppo_reference_run_has_groups_that_matter(one):
 
 
 def test_the_group_head_has_a_learning_rate_of_its_own(inputs, one):
-    """In three updates of two epochs AdamW moves a weight of the head by 0.05 (1 + 2/3 + 1/3) at most, and some nearly so."""
+    """In three updates of two epochs AdamW moves its weights by 0.05 (1 + 2/3 + 1/3) at most, and some nearly so."""
     head, start = (weights(path) for path in (one / "group_invariant_ppo/group_head", inputs / "group_head"))
     moved = (head["weight"] - start["weight"]).abs()
     assert 0.09 < moved.max() < 0.101 and moved.median() > 0.05
@@ -541,8 +541,9 @@ def test_the_group_head_has_a_learning_rate_of_its_own(inputs, one):
 
 @pytest.mark.parametrize("run", ["zero0", "zero2", "zero3", "zero3_savers", "micro1", "micro8", "exact_zero0"])
 def test_group_invariant_ppo_does_not_depend_on_ranks_or_micro_batches(inputs, one, two, run):
-    """group_invariant_ppo.py: every metric, and policy, critic and group head, of two ranks at every ZeRO stage, and of other
-    micro-batches, equal those of one rank; with prompts' groups, scores for returns and the uniform variance too."""
+    """group_invariant_ppo.py: every metric, and policy, critic and group head, of two ranks at every ZeRO stage, and of
+    other micro-batches, equal those of one rank; so they do with groups of prompts, the uniform variance and the exact
+    estimator."""
     folder = (one if "micro" in run else two) / f"group_invariant_ppo_{run}"
     plain = one / ("group_invariant_ppo_exact" if "exact" in run else "group_invariant_ppo")
     assert_same_group_run(folder, plain, inputs)

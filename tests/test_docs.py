@@ -142,9 +142,9 @@ GROUPS = {  # group_invariant.md 2.1 and 1.3; total_episodes is MOSS-RLHF's, len
     "reward_model": dict(lr=5e-6, epochs=1, batch_size=64, train_data="Anthropic/hh-rlhf"),
     "group_invariant_ppo": dict(
         lr=5e-7, critic_lr=9e-6, group_head_lr=9e-6, batch_size=64, episodes_per_prompt=8, num_ppo_epochs=1,
-        num_minibatches=1, num_updates=1000, prompts="Anthropic/hh-rlhf", response_length=512, temperature=0.8, top_p=0.9,
-        repetition_penalty=1.1, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2, vf_coef=1.0,
-        score_clip=5.0, whiten_rewards=False, num_groups=2, beta_critic=1.0, beta_policy=0.01, dynamic_kl=True,
+        num_minibatches=1, num_updates=1000, prompts="Anthropic/hh-rlhf", response_length=512, temperature=0.8,
+        top_p=0.9, repetition_penalty=1.1, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2,
+        vf_coef=1.0, score_clip=5.0, whiten_rewards=False, num_groups=2, beta_critic=1.0, beta_policy=0.01, dynamic_kl=True,
         group_level="trajectory", group_variance="uniform", detach_group_trunk=False),
 }
 MEMORY = {"1b": (16, 64, False), "2.8b": (4, 32, False), "6.9b": (1, 4, True)}  # micro-batch, rollout, offload
@@ -182,7 +182,7 @@ def test_group_commands_have_that_papers_settings():
 
 
 def test_paper_commands_have_the_papers_settings():
-    """Each command of docs/scaling.md parses, and its Args are those of the N+ paper's tables, or of another paper below."""
+    """Each command of docs/scaling.md parses, and its Args are those of the N+ paper's tables; other papers: apart."""
     found = [(name, args, words) for name, args, words in commands("docs/scaling.md") if not of_the_group_paper(args)]
     for name, args, _ in found:
         assert args.bf16 and args.zero_stage == 2
@@ -226,11 +226,12 @@ def test_paper_commands_hand_their_models_on():
 
 
 def test_the_group_commands_read_conversations_and_dialogues_alike(tmp_path, monkeypatch):
-    """The chat template of docs/scaling.md writes `messages` as rows of hh-rlhf are written, and their prompts are read."""
+    """The chat template of docs/scaling.md writes `messages` as hh-rlhf has its dialogues, whose prompts are read."""
     start = "\n\nHuman: Hello.\n\nAssistant: Good day.\n\nHuman: Who sat on the mat?\n\nAssistant:"
     turns = [{"role": role, "content": text} for role, text in (
         ("user", "Hello."), ("assistant", "Good day."), ("user", "Who sat on the mat?"), ("assistant", "A cat."))]
-    for name, row in (("sharegpt", {"messages": turns}), ("hh", {"chosen": start + " A cat.", "rejected": start + " A"})):
+    pair = {"chosen": start + " A cat.", "rejected": start + " A"}
+    for name, row in (("sharegpt", {"messages": turns}), ("hh", pair)):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     shutil.copytree(ROOT / "assets/base", tmp_path / "models/llama2_7b")
     monkeypatch.chdir(tmp_path)
@@ -269,7 +270,8 @@ def test_help_states_the_papers_values():
                 if name == "group_invariant_ppo" and stated[name, flag] == stated.get(("ppo", flag)):
                     value = PAPER["ppo"][flag]
                 assert float(text[1].replace(",", "")) == float(value), (name, flag)
-    assert {"vf_coef", "episodes_per_prompt", "beta_policy"} <= {flag for name, flag in stated if name == "group_invariant_ppo"}
+    of_groups = {flag for name, flag in stated if name == "group_invariant_ppo"}
+    assert {"vf_coef", "episodes_per_prompt", "beta_policy"} <= of_groups
 
 
 # ---- The worked example -----------------------------------------------------------------------------------

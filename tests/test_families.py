@@ -125,8 +125,8 @@ def test_padding_side_does_not_change_numbers(lm, classifier, side):
 
 @torch.no_grad()
 def test_the_group_head_reads_the_last_state_of_each_row_or_of_its_query(classifier):
-    """Left-padded rows: the critic's states are those of each row alone, `back` tokens before its end; its values are those
-    of ppo.py's critic in other units, and the head fits the states."""
+    """Left-padded rows: the critic's states are those of each row alone, `back` tokens before its end; its values are
+    those of ppo.py's critic in other units, and the head fits the states."""
     rows, back = random_rows(4, 13, 9), torch.tensor([0, 5, 8])
     ids, mask = pad(rows, PAD, "left")
     critic, values = group_invariant_ppo.GroupCritic(classifier), ppo.ScalarModel(classifier)(ids, mask)
