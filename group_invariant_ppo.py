@@ -671,7 +671,7 @@ def main(args: Args):
         critic.classifier.gradient_checkpointing_enable()
     critic = GroupCritic(critic.classifier)
     group_head = GroupHead(critic.classifier.score.in_features, args.num_groups, args.seed)
-    for name, model in (("policy", policy), ("critic", critic), ("group_head", group_head)):  # [E9] [G9]
+    for name, model in (("policy", policy), ("critic", critic), ("group_head", group_head)):  # [E9] [G11] [detail 47]
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
             model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay,
             fused=True)  # one pass over the weights, on a CPU several times faster

@@ -4,7 +4,7 @@ A short run is made once without a kill, which also counts how often each place 
 the run is started, and all its processes get SIGKILL, launcher and ranks, when one of them is at one of these places,
 drawn with the occasion from the trial's number, or at a random time. In every second trial the resumed run is killed as well. The
 last process must end the run as if nothing had happened. Compared with the run that was never killed, bit for bit:
-  weights of policy, critic and best policy; every file of the last checkpoint, optimizer states included;
+  weights of policy, critic, group head and best policy; every file of the last checkpoint, optimizer states included;
   every line of metrics.jsonl and samples.jsonl; summary.json but for its seconds;
   and TensorBoard's curves: each step of each scalar once, in order, with the value of metrics.jsonl.
 A finished trial is not repeated while the code is the same, so the command can be stopped and given again.
@@ -38,11 +38,14 @@ FLAGS = {
     "dpo": ["--train_data={data}/preferences_train.jsonl", "--eval_data={data}/preferences_validation.jsonl",
             "--eval_prompts={data}/validation.jsonl", "--num_eval_prompts=8", "--epochs=2", "--batch_size=8",
             "--log_every=1", "--ref_cache={data}/ref_logprobs"]}
+FLAGS["group_invariant_ppo"] = [*FLAGS["ppo"], "--episodes_per_prompt=3", "--beta_policy=0.6"]
 COMMON = ["--save_every=2", "--eval_every=3"]  # of six steps
 PLACES = {  # where: (module, name of what is called there, whether the kill comes before, after or in the middle of it)
     "before a training step": ("SCRIPT", "optimizer_step", "before"),
     "inside an update": ("torch.optim.AdamW", "step", "after"),
-    "inside a rollout": {"ppo": ("SCRIPT", "inverse_cdf", "before"), "sft": ("SCRIPT", "decode_responses", "before"),
+    "inside a rollout": {"ppo": ("SCRIPT", "inverse_cdf", "before"),
+                         "group_invariant_ppo": ("SCRIPT", "inverse_cdf", "before"),
+                         "sft": ("SCRIPT", "decode_responses", "before"),
                          "reward_model": ("SCRIPT", "score_sequences", "before"),
                          "dpo": ("SCRIPT", "decode_responses", "before")},
     "before a line of metrics": ("utils.run.Tracker", "log", "before"),
@@ -226,8 +229,8 @@ class Runs:
 def differences(whole, folder):
     """What of a run is not as in the one that was never killed."""
     differs = []
-    for name in ("model.safetensors", "critic/model.safetensors", "best/model.safetensors", "metrics.jsonl",
-                 "samples.jsonl"):
+    for name in ("model.safetensors", "critic/model.safetensors", "group_head.safetensors", "best/model.safetensors",
+                 "metrics.jsonl", "samples.jsonl"):
         one, other = (file.read_bytes() if file.exists() else None for file in (whole / name, folder / name))
         if one != other:
             differs.append(name)

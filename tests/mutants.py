@@ -117,6 +117,24 @@ MUTANTS = {  # number: (file, text, broken text)
     "E27": ("reward_model.py", "(segments[:, :, None] == segments[:, None, :])",
             "(segments[:, :, None] >= segments[:, None, :])"),
     "E28": ("ppo.py", "rank() if turn % 2 == 0 else world_size() - 1 - rank()", "rank()"),
+    "G1": ("group_invariant_ppo.py", "n // args.episodes_per_prompt for n", "n for n"),
+    "G2": ("group_invariant_ppo.py", 'running_moments(state.get("moments", (0, 0.0, 0.0)), scores)',
+           "running_moments((0, 0.0, 0.0), scores)"),
+    "G3": ("group_invariant_ppo.py", "return (values - self.mean) / (self.sd or 1.0), hidden[",
+           "return values, hidden["),
+    "G4": ("group_invariant_ppo.py", "-1 - back]", "-2 - back]"),
+    "G5": ("group_invariant_ppo.py", "sums = all_sum(torch.stack([labels.sum(0), values @ labels]))",
+           "sums = torch.stack([labels.sum(0), values @ labels])"),
+    "G6": ("group_invariant_ppo.py", 'weights = shares if kind == "mass" else',
+           'weights = shares if kind == "uniform" else'),
+    "G7": ("group_invariant_ppo.py", "* gradient[rows]).sum() / args.batch_size",
+           "* gradient[rows]).sum() / len(episodes)"),
+    "G8": ("group_invariant_ppo.py", "return (1 - beta * labels.double()", "return (1 + beta * labels.double()"),
+    "G9": ("group_invariant_ppo.py", "keepdim=True) * torch.rsqrt(variance + 1e-8)", "keepdim=True)"),
+    "G10": ("group_invariant_ppo.py", "best = group_means(labels, scores)[1].argmax()",
+            "best = group_means(labels, scores)[1].argmin()"),
+    "G11": ("group_invariant_ppo.py", 'optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)',
+            'optimizer_step(engines["group_head"], critic_lr)'),
     "W1": ("dpo.py", "load_causal_lm(ref_path, ref_flag,", 'load_causal_lm(args.model, "--model",'),
     "W2": ("dpo.py", "return (logprobs * masks).sum(-1), masks.sum(-1)",
            "return (logprobs * masks).sum(-1) / masks.sum(-1).clamp(min=1), masks.sum(-1)"),
@@ -139,7 +157,7 @@ def rows():
     """{number: test} of docs/details.md."""
     found = {}
     for line in (ROOT / "docs" / "details.md").read_text().splitlines():
-        if match := re.match(r"\| ([EW]?\d+) \|.*\| `([\w./]+::\w+)` \|$", line):
+        if match := re.match(r"\| ([EGW]?\d+) \|.*\| `([\w./]+::\w+)` \|$", line):
             found[match[1]] = "tests/" + match[2]
     return found
 

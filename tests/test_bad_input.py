@@ -13,6 +13,7 @@ import sys
 import datasets
 import pytest
 import torch
+import tyro
 from conftest import ROOT, tiny_config
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -21,6 +22,7 @@ from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import dpo
 import evaluate
+import group_invariant_ppo
 import ppo
 import reward_model
 import sft
@@ -34,11 +36,13 @@ ROWS = [
     {"prompt": "It is", "completion": " naïve;\nshe knew.", "chosen": " true.", "rejected": " not true."},
 ]
 MODEL_FLAGS = [(sft, "model"), (reward_model, "model"), (ppo, "sft_model"), (ppo, "reward_model"),
+               (group_invariant_ppo, "sft_model"), (group_invariant_ppo, "reward_model"),
                (dpo, "model"), (dpo, "ref_model"), (evaluate, "models"), (evaluate, "ref_model"), (evaluate, "judges")]
 DATA_FLAGS = [(sft, "train_data"), (sft, "eval_data"), (reward_model, "train_data"), (reward_model, "eval_data"),
               (reward_model, "demonstrations"), (ppo, "prompts"), (ppo, "eval_prompts"),
+              (group_invariant_ppo, "prompts"), (group_invariant_ppo, "eval_prompts"),
               (dpo, "train_data"), (dpo, "eval_data"), (dpo, "eval_prompts"), (evaluate, "prompts")]
-TRAINERS = [sft, reward_model, ppo, dpo]
+TRAINERS = [sft, reward_model, ppo, group_invariant_ppo, dpo]
 SCRIPTS = [*TRAINERS, evaluate]
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "assets" / "base")
 
@@ -84,11 +88,12 @@ def datasets_cache(tmp_path_factory, monkeypatch):
 def good_args(script, inputs, **changes):
     """Args of a run of one step that nothing is wrong with."""
     rows, lm = str(inputs / "rows.jsonl"), str(inputs / "lm")
+    rollouts = dict(sft_model=lm, reward_model=str(inputs / "rm"), prompts=rows, eval_prompts=rows, gold_function=None,
+                    batch_size=2, total_episodes=2, response_length=4)
     good = {
         sft: dict(model=lm, train_data=rows, eval_data=rows, epochs=1, batch_size=4, num_samples=2, response_length=2),
         reward_model: dict(model=lm, train_data=rows, eval_data=(rows,), demonstrations=rows, batch_size=4),
-        ppo: dict(sft_model=lm, reward_model=str(inputs / "rm"), prompts=rows, eval_prompts=rows, gold_function=None,
-                  batch_size=2, total_episodes=2, response_length=4),
+        ppo: rollouts, group_invariant_ppo: rollouts,
         dpo: dict(model=lm, train_data=rows, eval_data=(rows,), eval_prompts=rows, gold_function=None, epochs=1,
                   batch_size=4, response_length=4, ref_cache=str(inputs / "ref_logprobs")),
         evaluate: dict(models=(lm,), ref_model=lm, judges=(str(inputs / "rm"),), prompts=rows, response_length=4,
@@ -217,7 +222,7 @@ def test_damaged_weights_are_named(script, flag, inputs, tmp_path, refused):
 
 @pytest.mark.parametrize("script, flag, other, words", named([
     *[(script, flag, "rm", "this is a reward model or critic") for script, flag in [
-        (sft, "model"), (ppo, "sft_model"), (dpo, "model"), (dpo, "ref_model")]],
+        (sft, "model"), (ppo, "sft_model"), (group_invariant_ppo, "sft_model"), (dpo, "model"), (dpo, "ref_model")]],
     (evaluate, "models", "rm", "this is a reward model or critic"),
     (evaluate, "ref_model", "rm", "this is a reward model or critic"),
     (ppo, "reward_model", "lm", "it has no score head"), (evaluate, "judges", "lm", "it has no score head")]))
@@ -244,7 +249,7 @@ def test_stored_sampling_settings_do_not_lose_the_run(script, inputs, tmp_path):
     folder = shutil.copytree(inputs / "lm", tmp_path / "model")
     stored = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": [0, 7]}
     (folder / "generation_config.json").write_text(json.dumps(stored))
-    flag = "sft_model" if script is ppo else "model"
+    flag = "sft_model" if hasattr(script.Args, "sft_model") else "model"
     script.main(good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
     assert (tmp_path / "out" / "model.safetensors").is_file()
     if script is not reward_model:
@@ -423,6 +428,7 @@ def test_unreadable_file_says_why(name, content, fragment, inputs, tmp_path, ref
 @pytest.mark.parametrize("script, flag, understood", named([
     (sft, "train_data", "{prompt, completion} or {text}"), (reward_model, "train_data", "{prompt, chosen, rejected}"),
     (reward_model, "demonstrations", "{prompt, completion}"), (ppo, "prompts", "{prompt}"),
+    (group_invariant_ppo, "prompts", "{prompt}"), (group_invariant_ppo, "eval_prompts", "{prompt}"),
     (dpo, "train_data", "{prompt, chosen, rejected}"), (dpo, "eval_prompts", "{prompt}")]))
 def test_wrong_columns_lists_found_and_understood(script, flag, understood, inputs, tmp_path, refused):
     """Rows with other columns are refused with the columns found and those that the script understands."""
@@ -449,6 +455,7 @@ def test_column_missing_in_one_row_names_it(inputs, tmp_path, refused):
 @pytest.mark.parametrize("script, flag, limit", named([
     (sft, "train_data", "max_length"), (reward_model, "train_data", "max_length"),
     (reward_model, "demonstrations", "max_length"), (ppo, "prompts", "max_prompt_length"),
+    (group_invariant_ppo, "prompts", "max_prompt_length"),
     (dpo, "train_data", "max_length"), (dpo, "eval_data", "max_length"), (dpo, "eval_prompts", "max_prompt_length")]))
 def test_all_rows_over_the_limit_are_refused(script, flag, limit, inputs, tmp_path, refused):
     """Where every row is over the length limit, the line counts them and names flag and limit."""
@@ -623,6 +630,8 @@ def numeric_flags():
                 yield script, name, 0
             if name in AT_MOST_1 | {"zero_stage"}:
                 yield script, name, 1.5
+            if name == "num_groups":
+                yield script, name, 1
             if name == "label_smoothing":
                 yield from [(script, name, -0.1), (script, name, 0.5)]
 
@@ -639,8 +648,30 @@ def test_every_number_has_a_range(script):
     """Each int or float flag is in a table of ranges, but for those that may be anything."""
     free = {"local_rank", "missing_eos_score"}
     numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in (int, float)}
-    assert numbers - free <= AT_LEAST_1 | AT_LEAST_0 | ABOVE_0 | AT_MOST_1 | {"zero_stage", "label_smoothing"}
+    ranges = AT_LEAST_1 | AT_LEAST_0 | ABOVE_0 | AT_MOST_1 | {"zero_stage", "num_groups", "label_smoothing"}
+    assert numbers - free <= ranges
 
+
+def test_the_numbers_of_groups_are_checked():
+    """The flags that group_invariant_ppo.py has beyond ppo.py are among those above."""
+    own = {field.name for field in dataclasses.fields(group_invariant_ppo.Args)
+           if field.type in (int, float) and not hasattr(ppo.Args, field.name)}
+    assert own == {"episodes_per_prompt", "score_clip", "num_groups", "beta_critic", "beta_policy", "group_head_lr"}
+    tried = {(name, value) for script, name, value in numeric_flags() if script is group_invariant_ppo and name in own}
+    assert tried == {("episodes_per_prompt", 0), ("num_groups", 1), *((name, -1) for name in own - {
+        "episodes_per_prompt", "num_groups"})}
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("group_variance", ["mass", "uniform"]), ("group_level", ["trajectory", "prompt"]),
+    ("invariance_estimator", ["advantage", "exact"])])
+def test_a_choice_of_groups_that_is_not_there_is_refused_with_those_that_are(flag, words, capsys):
+    """By the command line itself, before anything is loaded."""
+    with pytest.raises(SystemExit) as stopped:
+        tyro.cli(group_invariant_ppo.Args, args=[f"--{flag}=median"])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and flag.replace("_", "-") in errors.replace("_", "-") and "median" in errors
+    assert all(word in errors for word in words)
 
 @pytest.mark.parametrize("changes, fragments", [
     (dict(loss="kto"), ["--loss kto: unknown", "sigmoid, hinge, ipo"]),
@@ -688,7 +719,8 @@ def test_overwrite_deletes_no_input(script, inputs, finished_runs, tmp_path, ref
     """--overwrite of a run that holds the model, or the data, of this run is refused."""
     folder = shutil.copytree(finished_runs / "sft", tmp_path / "out")
     data = shutil.copy(inputs / "rows.jsonl", folder / "checkpoints.jsonl")
-    flag, data_flag = {ppo: ("sft_model", "prompts"), evaluate: ("models", "prompts")}.get(
+    rollouts = ("sft_model", "prompts")
+    flag, data_flag = {ppo: rollouts, group_invariant_ppo: rollouts, evaluate: ("models", "prompts")}.get(
         script, ("model", "train_data"))
     for args in (good_args(script, inputs, output_dir=str(folder), overwrite=True, **{flag: str(folder)}),
                  with_data(script, inputs, data_flag, data, folder, overwrite=True)):
@@ -701,6 +733,8 @@ def test_resume_of_another_scripts_run_is_refused(inputs, finished_runs, tmp_pat
     folder = shutil.copytree(finished_runs / "ppo", tmp_path / "out")
     message = refused(sft, good_args(sft, inputs, output_dir=str(folder), resume=True))
     assert "not a run of sft.py" in message and "batch_size" not in message
+    message = refused(group_invariant_ppo, good_args(group_invariant_ppo, inputs, output_dir=str(folder), resume=True))
+    assert "not a run of group_invariant_ppo.py" in message and "num_groups" not in message
 
 
 @pytest.mark.parametrize("script", TRAINERS, ids=lambda script: script.__name__)
@@ -730,6 +764,7 @@ def test_resume_of_a_complete_run_is_refused(script, inputs, finished_runs, tmp_
 @pytest.mark.parametrize("script, flag, old, new", named([
     (sft, "lr", sft.Args.lr, 1e-5), (sft, "completion_only", False, True), (reward_model, "seed", 1, 2),
     (reward_model, "zero_stage", 0, 2), (ppo, "kl_coef", ppo.Args.kl_coef, 0.5), (ppo, "gold_function", None, "a:b"),
+    (group_invariant_ppo, "beta_policy", 0.01, 0.5), (group_invariant_ppo, "dynamic_kl", True, False),
     (dpo, "beta", dpo.Args.beta, 0.5), (dpo, "ref_model", None, "assets/sft")]))
 def test_resume_with_changed_flag_names_both_values(script, flag, old, new, inputs, finished_runs, tmp_path,
                                                     monkeypatch, refused):
@@ -755,7 +790,7 @@ def test_resume_on_another_number_of_ranks_is_refused(inputs, finished_runs, tmp
 def test_bad_input_is_found_before_overwriting(script, inputs, finished_runs, tmp_path, refused):
     """With --overwrite, an earlier run is still there when the input turns out to be bad."""
     folder = shutil.copytree(finished_runs / script.__name__, tmp_path / "out")
-    flag = "prompts" if script in (ppo, evaluate) else "train_data"
+    flag = "prompts" if hasattr(script.Args, "prompts") else "train_data"
     args = with_data(script, inputs, flag, tmp_path / "gone.jsonl", folder, overwrite=True)
     assert "no such file" in refused(script, args)
 
@@ -795,7 +830,8 @@ def judges(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.dont_write_bytecode", True)
 
 
-JUDGE_FLAGS = [(ppo, "reward_function"), (ppo, "gold_function"), (dpo, "gold_function"), (evaluate, "judges")]
+JUDGE_FLAGS = [(ppo, "reward_function"), (ppo, "gold_function"), (group_invariant_ppo, "reward_function"),
+               (dpo, "gold_function"), (evaluate, "judges")]
 
 
 def test_judge_is_not_called_without_responses():

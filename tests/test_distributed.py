@@ -24,6 +24,7 @@ from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 import dpo
 import evaluate
+import group_invariant_ppo
 import ppo
 import reward_model
 import sft
@@ -46,14 +47,17 @@ def arguments(script, inputs, output_dir, **changes):
     """Args of a short run: 7 rows in batches of 4, so that the last batch is uneven on two ranks."""
     rows, pairs, lm, rm = (str(inputs / name) for name in ("rows.jsonl", "pairs.jsonl", "lm", "rm"))
     common = dict(output_dir=str(output_dir), seed=SEED, max_grad_norm=0.5, lr=1e-3)
+    rollouts = dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, batch_size=8,
+                    total_episodes=24, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0,
+                    eval_every=2, save_every=100, num_ppo_epochs=2)
     own = {
         sft: dict(model=lm, train_data=rows, eval_data=rows, epochs=2, batch_size=4, micro_batch_size=1, log_every=1,
                   num_samples=3, response_length=4),
         reward_model: dict(model=lm, train_data=pairs, eval_data=(pairs,), demonstrations=rows, epochs=2, batch_size=4,
                            micro_batch_size=1, log_every=1),
-        ppo: dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, total_episodes=24,
-                  batch_size=8, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0, eval_every=2,
-                  save_every=100, num_ppo_epochs=2, whiten_rewards=True),
+        ppo: dict(rollouts, whiten_rewards=True),
+        group_invariant_ppo: dict(rollouts, prompts=str(inputs / "grouped.jsonl"), episodes_per_prompt=3, num_groups=3,
+                                  beta_policy=0.6, beta_critic=1.0, dynamic_kl=True, kl_coef=0.2, group_head_lr=0.05),
         dpo: dict(model=lm, ref_model=str(inputs / "tied"), train_data=pairs, eval_data=(pairs,), eval_prompts=rows,
                   gold_function=None, epochs=2, batch_size=4, micro_batch_size=1, log_every=1, response_length=4,
                   beta=0.1, nll_coef=0.5, adam_eps=1e-5,  # 1e-8 would make steps of key biases' noise
@@ -75,11 +79,14 @@ FEW_DPO = dict(FEW, train_data="inputs/pairs_5.jsonl", eval_data="inputs/pairs_1
                eval_prompts="inputs/rows_1.jsonl")
 TIED, ENDING = dict(model="inputs/tied", epochs=1), dict(sft_model="inputs/ending", total_episodes=8)
 SAVERS = dict(gradient_checkpointing=True, offload_optimizer=True)
+EXACT = dict(invariance_estimator="exact", group_variance="uniform", group_level="prompt", whiten_rewards=True)
 ON_ONE_RANK = {
     "sft": (sft, {}), "sft_packed": (sft, PACKED), "sft_few": (sft, FEW), "sft_tied": (sft, TIED),
     "reward_model": (reward_model, {}), "reward_model_few": (reward_model, FEW_PAIRS),
     "ppo": (ppo, {}), "ppo_ending": (ppo, ENDING),
     **{f"ppo_micro{size}": (ppo, dict(micro_batch_size=size)) for size in (1, 8)},
+    "group_invariant_ppo": (group_invariant_ppo, {}), "group_invariant_ppo_exact": (group_invariant_ppo, EXACT),
+    **{f"group_invariant_ppo_micro{size}": (group_invariant_ppo, dict(micro_batch_size=size)) for size in (1, 8)},
     "dpo": (dpo, {}), "dpo_micro4": (dpo, dict(micro_batch_size=4)), "dpo_few": (dpo, FEW_DPO),
 }
 ON_TWO_RANKS = {
@@ -94,6 +101,12 @@ ON_TWO_RANKS = {
     **{f"ppo_zero{stage}_savers": (ppo, dict(zero_stage=stage, **SAVERS)) for stage in (2, 3)},
     "ppo_offload_frozen": (ppo, dict(offload_frozen=True)),
     "ppo_ending_zero3": (ppo, ENDING | dict(zero_stage=3)),
+    **{f"group_invariant_ppo_zero{stage}": (
+        group_invariant_ppo, dict(zero_stage=stage, save_every=1 if stage == 2 else 100)) for stage in (0, 2, 3)},
+    "group_invariant_ppo_exact_zero0": (group_invariant_ppo, EXACT),
+    "group_invariant_ppo_zero3_savers": (group_invariant_ppo, dict(zero_stage=3, **SAVERS)),
+    **{f"group_invariant_ppo_minibatches_zero{stage}": (group_invariant_ppo, dict(zero_stage=stage, num_minibatches=2))
+       for stage in (0, 3)},
     **{f"dpo_zero{stage}": (dpo, dict(zero_stage=stage)) for stage in (0, 2, 3)},
     "dpo_zero3_live": (dpo, dict(zero_stage=3, ref_cache=None)),
     "dpo_zero2_savers": (dpo, dict(zero_stage=2, micro_batch_size=2, **SAVERS)),
@@ -142,7 +155,7 @@ def stopped(function, *args):
 
 
 def worker(inputs, out):
-    for script in (sft, reward_model, ppo, dpo, evaluate):
+    for script in (sft, reward_model, ppo, group_invariant_ppo, dpo, evaluate):
         script.finish = lambda: None  # it ends the process group, which the next case needs
     init_distributed(5.0)
     (out / f"collectives_{rank()}.json").write_text(json.dumps(collectives()))
@@ -171,14 +184,16 @@ def worker(inputs, out):
     evaluate.main(evaluation(inputs, out, greedy=False, output_dir=str(sampled)))
     evaluate.main(evaluation(inputs, out, prompts=str(inputs / "rows_1.jsonl"), output_dir=str(out / "evaluate_few")))
 
-    # the ZeRO 2 run again, as if killed after the checkpoint of its first update
-    if rank() == 0:
-        shutil.copytree(out / "ppo_zero2", out / "ppo_resumed")
-        shutil.rmtree(out / "ppo_resumed" / "checkpoints" / "step_0000002")
-        for name in ("summary.json", "model.safetensors"):
-            (out / "ppo_resumed" / name).unlink()
-    torch.distributed.barrier()
-    ppo.main(arguments(ppo, inputs, out / "ppo_resumed", zero_stage=2, resume=True, save_every=1))
+    # the ZeRO 2 runs again, as if killed after the checkpoint of their first update
+    for script in (ppo, group_invariant_ppo):
+        resumed = out / f"{script.__name__}_resumed"
+        if rank() == 0:
+            shutil.copytree(out / f"{script.__name__}_zero2", resumed)
+            shutil.rmtree(resumed / "checkpoints" / "step_0000002")
+            for name in ("summary.json", "model.safetensors", "group_head.safetensors"):
+                (resumed / name).unlink(missing_ok=True)
+        torch.distributed.barrier()
+        script.main(arguments(script, inputs, resumed, zero_stage=2, resume=True, save_every=1))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -212,6 +227,11 @@ def inputs(tmp_path_factory):
         lines = (ROOT / "assets" / "data" / source).read_text(encoding="utf-8").splitlines(keepends=True)
         for file, count in ((name, 7), (f"{name}_5", 5), (f"{name}_1", 1)):
             (folder / f"{file}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    grouped = [row | {"group": place % 2} for place, row in enumerate(read(folder / "rows.jsonl"))]
+    (folder / "grouped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in grouped))
+    head = group_invariant_ppo.GroupHead(config.hidden_size, 3, SEED)
+    (folder / "group_head").mkdir()
+    save_file(head.state_dict(), folder / "group_head" / "model.safetensors")
     return folder
 
 
@@ -261,16 +281,22 @@ def record_differences():
         Path(file).write_text(json.dumps(DIFFERENCES, indent=1) + "\n")
 
 
-def assert_same_weights(folder, other, start):
+def weights(path):
+    """The weights of a saved model, its folder, or of a saved group head, its file without the ending."""
+    return load_file(path / "model.safetensors" if path.is_dir() else path.with_suffix(".safetensors"))
+
+
+def assert_same_weights(folder, other, start, of_norm=1e-5):
     """Two saved models differ by less than 1e-5 of their norm, and 1e-4 of how far training has moved them."""
-    case = " = ".join(f"{path.relative_to(path.parents[path.name == 'critic'])}" for path in (folder, other))
-    a, b, start = (load_file(path / "model.safetensors") for path in (folder, other, start))
+    inner = ("critic", "group_head")
+    case = " = ".join(f"{path.relative_to(path.parents[path.name in inner])}" for path in (folder, other))
+    a, b, start = map(weights, (folder, other, start))
     assert a.keys() == b.keys()
     difference, norm, moved = (sum(float(x.double().square().sum()) for x in tensors) ** 0.5 for tensors in (
         [a[k] - b[k] for k in a], b.values(), [b[k] - start[k] for k in b.keys() & start.keys()]))
     DIFFERENCES[case] = {"of the norm": difference / norm, "of the movement": difference / moved}
     assert moved > 1e-3 * norm, "training has hardly moved the weights"
-    assert difference < 1e-5 * norm
+    assert difference < of_norm * norm
     assert difference < 1e-4 * moved
 
 
@@ -487,6 +513,48 @@ def test_ppo_where_all_rows_end_at_once(inputs, one, two):
         assert_same_weights(two / "ppo_ending_zero3" / model, one / "ppo_ending" / model, inputs / start)
 
 
+GROUP_MODELS = {"": "lm", "critic": "rm", "group_head": "group_head"}  # folder or file of a run, and where it started
+
+
+def assert_same_group_run(folder, other, inputs):
+    """Metrics and the weights of policy, critic and group head."""
+    assert_same_metrics(read(folder / "metrics.jsonl"), read(other / "metrics.jsonl"))
+    for model, start in GROUP_MODELS.items():  # the group head moves by several times the norm that it starts with
+        assert_same_weights(folder / model, other / model, inputs / start, 1e-4 if model == "group_head" else 1e-5)
+
+
+def test_group_invariant_ppo_reference_run_has_groups_that_matter(one):
+    """The runs on one rank, which the next tests compare with: labels and multipliers differ between episodes."""
+    for run in ("group_invariant_ppo", "group_invariant_ppo_exact"):
+        rows = [row for row in read(one / run / "metrics.jsonl") if "groups/gap" in row]
+        assert len(rows) == 3 and any(0 < row["groups/auc"] < 1 for row in rows)
+        assert rows[-1]["groups/label_entropy"] < 0.9 * np.log(3) and abs(rows[-1]["groups/gap"]) > 0.3
+        assert rows[-1]["groups/kappa_max"] - rows[-1]["groups/kappa_min"] > 0.1
+
+
+def test_the_group_head_has_a_learning_rate_of_its_own(inputs, one):
+    """In three updates of two epochs AdamW moves its weights by 0.05 (1 + 2/3 + 1/3) at most, and some nearly so."""
+    head, start = (weights(path) for path in (one / "group_invariant_ppo/group_head", inputs / "group_head"))
+    moved = (head["weight"] - start["weight"]).abs()
+    assert 0.09 < moved.max() < 0.101 and moved.median() > 0.05
+
+
+@pytest.mark.parametrize("run", ["zero0", "zero2", "zero3", "zero3_savers", "micro1", "micro8", "exact_zero0"])
+def test_group_invariant_ppo_does_not_depend_on_ranks_or_micro_batches(inputs, one, two, run):
+    """group_invariant_ppo.py: every metric, and policy, critic and group head, of two ranks at every ZeRO stage, and of
+    other micro-batches, equal those of one rank; so they do with groups of prompts, the uniform variance and the exact
+    estimator."""
+    folder = (one if "micro" in run else two) / f"group_invariant_ppo_{run}"
+    plain = one / ("group_invariant_ppo_exact" if "exact" in run else "group_invariant_ppo")
+    assert_same_group_run(folder, plain, inputs)
+
+
+def test_group_invariant_ppo_minibatches_do_not_depend_on_zero(inputs, two):
+    """group_invariant_ppo.py: two minibatches, which differ with the ranks, have the same steps at ZeRO 0 and 3."""
+    runs = (two / f"group_invariant_ppo_minibatches_zero{stage}" for stage in (3, 0))
+    assert_same_group_run(*runs, inputs)
+
+
 def test_an_evaluation_on_two_ranks_equals_one(one, two):
     """evaluate.py: responses, scores and verdicts of two ranks, which share 7 prompts, are those of one, in order."""
     found, expected = (read(folder / "evaluate" / "samples.jsonl") for folder in (two, one))
@@ -516,7 +584,8 @@ def test_the_kl_of_two_ranks_belongs_to_their_responses(inputs, two):
     assert len(rows) == 7 and json.loads((two / "evaluate_few" / "summary.json").read_text())["prompts"] == 1
 
 
-def test_resume_on_two_ranks_is_exact(two):
+@pytest.mark.parametrize("script, more", [("ppo", []), ("group_invariant_ppo", ["group_head.safetensors"])])
+def test_resume_on_two_ranks_is_exact(two, script, more):
     """A ZeRO 2 run on two ranks that is resumed after update 1 ends with the same bits: metrics, samples, weights."""
-    for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors"):
-        assert (two / "ppo_resumed" / name).read_bytes() == (two / "ppo_zero2" / name).read_bytes(), name
+    for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors", *more):
+        assert (two / f"{script}_resumed" / name).read_bytes() == (two / f"{script}_zero2" / name).read_bytes(), name

@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import importlib
 import itertools
+import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ import tyro
 from conftest import ROOT
 from mutants import MUTANTS
 
+import group_invariant_ppo
 import ppo
+import sft
+from utils.models import load_tokenizer
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")])
 PAGES = sorted([ROOT / "README.md", *(page for pattern in ("assets/README.md", "docs/*.md", "records/*/README.md")
@@ -21,14 +26,14 @@ PAGES = sorted([ROOT / "README.md", *(page for pattern in ("assets/README.md", "
 
 
 def tags():
-    """{number: {file: its first line with this tag}} of every [detail N], [EN] and [WN] in the code."""
+    """{number: {file: its first line with this tag}} of every [detail N], [EN], [WN] and [GN] in the code."""
     found = {}
     for path in SOURCES:
         lines = path.read_text().splitlines()
         header = len((ast.get_docstring(ast.parse(path.read_text()), clean=False) or "").splitlines())
         for line in [*range(header, len(lines)), *range(header)]:  # the module's docstring last
-            for number in re.findall(r"\[(?:detail )?([EW]?\d+)\]", lines[line]):
-                if number[0] in "EW" or f"[detail {number}]" in lines[line]:
+            for number in re.findall(r"\[(?:detail )?([EGW]?\d+)\]", lines[line]):
+                if number[0] in "EGW" or f"[detail {number}]" in lines[line]:
                     found.setdefault(number, {}).setdefault(str(path.relative_to(ROOT)), line + 1)
     return found
 
@@ -42,7 +47,7 @@ def rows():
     """{number: (links, test file, test name)} of the tables of docs/details.md."""
     found = {}
     for line in (ROOT / "docs/details.md").read_text().splitlines():
-        if re.match(r"\| [EW]?\d+ \|", line):
+        if re.match(r"\| [EGW]?\d+ \|", line):
             number, _, _, links, test = (cell.strip() for cell in line.strip("|").split(" | "))
             assert number not in found, f"detail {number} has two rows"
             found[number] = (links, *test.strip("` |").split("::"))
@@ -53,7 +58,7 @@ def write_links():
     """Write the links of docs/details.md anew."""
     lines, tagged = (ROOT / "docs/details.md").read_text().splitlines(), tags()
     for i, line in enumerate(lines):
-        if re.match(r"\| [EW]?\d+ \|", line):
+        if re.match(r"\| [EGW]?\d+ \|", line):
             cells = line.split(" | ")
             cells[3] = where(tagged.get(cells[0].strip("| "), {}))
             lines[i] = " | ".join(cells)
@@ -132,6 +137,16 @@ DPO_BY_MODEL = {  # the start of --model: that paper's table
         DPO, beta=0.01, lr=1e-5, lr_schedule="constant", warmup_ratio=0.0, epochs=1, batch_size=128, micro_batch_size=32,
         adam_eps=1e-8, weight_decay=0.0, max_grad_norm=1.0, max_length=512, max_prompt_length=128, seed=1234),
 }
+GROUPS = {  # group_invariant.md 2.1 and 1.3; total_episodes is MOSS-RLHF's, lengths of rows are nobody's
+    "sft": dict(lr=5e-6, epochs=2, batch_size=32),
+    "reward_model": dict(lr=5e-6, epochs=1, batch_size=64, train_data="Anthropic/hh-rlhf"),
+    "group_invariant_ppo": dict(
+        lr=5e-7, critic_lr=9e-6, group_head_lr=9e-6, batch_size=64, episodes_per_prompt=8, num_ppo_epochs=1,
+        num_minibatches=1, num_updates=1000, prompts="Anthropic/hh-rlhf", response_length=512, temperature=0.8,
+        top_p=0.9, repetition_penalty=1.1, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2,
+        vf_coef=1.0, score_clip=5.0, whiten_rewards=False, num_groups=2, beta_critic=1.0, beta_policy=0.01, dynamic_kl=True,
+        group_level="trajectory", group_variance="uniform", detach_group_trunk=False),
+}
 MEMORY = {"1b": (16, 64, False), "2.8b": (4, 32, False), "6.9b": (1, 4, True)}  # micro-batch, rollout, offload
 
 
@@ -152,9 +167,23 @@ def commands(page):
     return found
 
 
+def of_the_group_paper(args):
+    return "llama2" in args.output_dir
+
+
+def test_group_commands_have_that_papers_settings():
+    """A command for each of the three stages, with the settings of group invariant learning."""
+    found = [(name, args) for name, args, _ in commands("docs/scaling.md") if of_the_group_paper(args)]
+    assert [name for name, _ in found] == list(GROUPS)
+    for name, args in found:
+        assert args.bf16 and args.zero_stage == 2
+        for flag, value in GROUPS[name].items():
+            assert getattr(args, flag) == value, (name, flag)
+
+
 def test_paper_commands_have_the_papers_settings():
-    """Each command of docs/scaling.md parses, and its Args are those of the paper's tables."""
-    found = commands("docs/scaling.md")
+    """Each command of docs/scaling.md parses, and its Args are those of the N+ paper's tables; other papers: apart."""
+    found = [(name, args, words) for name, args, words in commands("docs/scaling.md") if not of_the_group_paper(args)]
     for name, args, _ in found:
         assert args.bf16 and args.zero_stage == 2
         if name == "dpo":
@@ -185,13 +214,35 @@ def test_dpo_commands_have_the_settings_of_three_papers():
 
 def test_paper_commands_hand_their_models_on():
     """Every model folder that a command reads was written by a command before it, with the same seed."""
-    written = set()
+    written = set(re.findall(r"meta-llama/.* --local-dir (\S+)", (ROOT / "docs/scaling.md").read_text()))
+    assert len(written) == 1
     for name, args, _ in commands("docs/scaling.md"):
-        reads = [args.sft_model, args.reward_model] if name == "ppo" else [args.model]
+        reads = [args.sft_model, args.reward_model] if hasattr(args, "sft_model") else [args.model]
         for path in reads:
             published = path.startswith(("EleutherAI/", "RLHFlow/", "meta-llama/"))
-            assert published or (path in written and str(args.seed) in path), path
+            seed = of_the_group_paper(args) or str(args.seed) in path
+            assert published or (path in written and seed), path
         written.add(args.output_dir)
+
+
+def test_the_group_commands_read_conversations_and_dialogues_alike(tmp_path, monkeypatch):
+    """The chat template of docs/scaling.md writes `messages` as hh-rlhf has its dialogues, whose prompts are read."""
+    start = "\n\nHuman: Hello.\n\nAssistant: Good day.\n\nHuman: Who sat on the mat?\n\nAssistant:"
+    turns = [{"role": role, "content": text} for role, text in (
+        ("user", "Hello."), ("assistant", "Good day."), ("user", "Who sat on the mat?"), ("assistant", "A cat."))]
+    pair = {"chosen": start + " A cat.", "rejected": start + " A"}
+    for name, row in (("sharegpt", {"messages": turns}), ("hh", pair)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    shutil.copytree(ROOT / "assets/base", tmp_path / "models/llama2_7b")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.S)
+    exec(block, {})
+    tokenizer = load_tokenizer("models/llama2_7b", "--model")
+    ((_, _, row),) = sft.load_demonstrations("sharegpt.jsonl", "--train_data", tokenizer, sft.Args())
+    assert (row["prompt"], row["completion"]) == (start, " A cat.")
+    args = group_invariant_ppo.Args(max_prompt_length=64)
+    prompts, groups = group_invariant_ppo.load_grouped_prompts("hh.jsonl", "--prompts", tokenizer, args)
+    assert [text for _, text in prompts] == [start] and groups == {}
 
 
 def test_evaluate_commands_are_understood():
@@ -204,13 +255,23 @@ def test_evaluate_commands_are_understood():
 
 
 def test_help_states_the_papers_values():
-    """Where a flag's help says "Paper: 0.05", the number is that of the paper's table."""
-    for name, table in PAPER.items():
+    """Where a flag's help says "Paper: 0.05", the number is that of the paper's table.
+
+    group_invariant_ppo.py: the N+ paper's where the text is that of ppo.py, and its own paper's otherwise.
+    """
+    tables = PAPER | {"group_invariant_ppo": GROUPS["group_invariant_ppo"]}
+    stated = {}
+    for name, table in tables.items():
         source = (ROOT / f"{name}.py").read_text()
         for flag, value in table.items():
             text = re.search(rf'^    {flag}: .*\n    """.*Paper: (-?[\d.,e-]*\d)', source, re.M)
             if text and flag not in ("max_length", "num_samples"):  # 638 with 2021 for CNN/DM; all of them
+                stated[name, flag] = text[0].partition("\n")[2]
+                if name == "group_invariant_ppo" and stated[name, flag] == stated.get(("ppo", flag)):
+                    value = PAPER["ppo"][flag]
                 assert float(text[1].replace(",", "")) == float(value), (name, flag)
+    of_groups = {flag for name, flag in stated if name == "group_invariant_ppo"}
+    assert {"vf_coef", "episodes_per_prompt", "beta_policy"} <= of_groups
 
 
 # ---- The worked example -----------------------------------------------------------------------------------

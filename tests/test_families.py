@@ -15,6 +15,7 @@ from transformers import BertConfig, BloomConfig, Gemma2Config, GPT2Config, GPTN
 from transformers import Qwen2Config
 
 import dpo
+import group_invariant_ppo
 import ppo
 import reward_model
 import sft
@@ -120,6 +121,24 @@ def test_padding_side_does_not_change_numbers(lm, classifier, side):
         if side == "left" or len(row) == 13:
             expected = ppo.scale_logits(alone[-4:-1], 0.7, FORBIDDEN)
             torch.testing.assert_close(response[i], expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_group_head_reads_the_last_state_of_each_row_or_of_its_query(classifier):
+    """Left-padded rows: the critic's states are those of each row alone, `back` tokens before its end; its values are
+    those of ppo.py's critic in other units, and the head fits the states."""
+    rows, back = random_rows(4, 13, 9), torch.tensor([0, 5, 8])
+    ids, mask = pad(rows, PAD, "left")
+    critic, values = group_invariant_ppo.GroupCritic(classifier), ppo.ScalarModel(classifier)(ids, mask)
+    found, states = critic(ids, mask, back)
+    assert torch.equal(found, values)
+    for row, length, state in zip(rows, back.tolist(), states):
+        hidden = classifier.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state
+        torch.testing.assert_close(state, hidden[0, len(row) - 1 - length], rtol=0, atol=1e-4)
+    critic.mean, critic.sd = 0.5, 2.0
+    torch.testing.assert_close(critic(ids, mask, back)[0], (values - 0.5) / 2)
+    labels = group_invariant_ppo.GroupHead(classifier.score.in_features, 3, seed=1)(states)
+    assert labels.shape == (3, 3) and len(set(labels.flatten().tolist())) == 9
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import group_invariant_ppo
 import ppo
 import reward_model
 import sft
@@ -266,25 +267,30 @@ def test_any_text_is_kept_as_it_is(texts, words, tmp_path):
 ODD = [{"prompt": prompt, "completion": f" {prompt}.", "chosen": f" {prompt}!", "rejected": " no"} for prompt in (
     "He<|endoftext|> had", "He[PAD] had", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u202e\u05e9\u05dc\u05d5\u05dd", "a\u2028b|<b>",
     "  ", "../../outside", "\0")]
+GROUPS = [None, 7, 7.5, True, "", "a\u2028b|<b>", ["a"], {"b": 1}]  # of these prompts, for group_invariant_ppo.py
 
 
-@pytest.mark.parametrize("script", [sft, reward_model, ppo], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("script", [sft, reward_model, ppo, group_invariant_ppo], ids=lambda script: script.__name__)
 def test_odd_texts_train_and_stay_in_the_folder(script, tmp_path):
     """A run on such texts ends well, writes nothing outside its folder, and TensorBoard's tables have no HTML of theirs."""
     data, folder = tmp_path / "odd.jsonl", tmp_path / "run"
-    data.write_bytes(jsonl(*ODD))
+    data.write_bytes(jsonl(*(row | {"group": group} for row, group in zip(ODD, GROUPS))))
     common = dict(output_dir=str(folder), batch_size=4, micro_batch_size=4)
     path = str(data)
+    rollouts = dict(prompts=path, eval_prompts=path, total_episodes=8, response_length=4, num_eval_prompts=8,
+                    gold_function=None, **common)
     script.main({
         sft: lambda: sft.Args(model="assets/base", train_data=path, eval_data=path, epochs=1, response_length=4, **common),
         reward_model: lambda: reward_model.Args(train_data=path, eval_data=(path,), demonstrations=path, **common),
-        ppo: lambda: ppo.Args(prompts=path, eval_prompts=path, total_episodes=8, response_length=4, num_eval_prompts=8,
-                              gold_function=None, **common)}[script]())
+        ppo: lambda: ppo.Args(**rollouts),
+        group_invariant_ppo: lambda: group_invariant_ppo.Args(episodes_per_prompt=2, **rollouts)}[script]())
     assert sorted(os.listdir(tmp_path)) == ["odd.jsonl", "run"] and (folder / "summary.json").is_file()
     rows = [json.loads(line) for line in open(folder / "samples.jsonl")]
     assert {row["query"] for row in rows} >= {ODD[0]["prompt"], ODD[4]["prompt"]}
     shown = b"".join(file.read_bytes() for file in (folder / "tensorboard").iterdir())
     assert b"<b>" not in shown and b"&#124;&#60;b>" in shown
+    aucs = [row["groups/auc"] for row in map(json.loads, open(folder / "metrics.jsonl")) if "groups/auc" in row]
+    assert len(aucs) == 2 * (script is group_invariant_ppo) and all(0 <= auc <= 1 for auc in aucs)
 
 
 if __name__ == "__main__":  # the table for records/

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 import dpo
+import group_invariant_ppo
 import ppo
 import reward_model
 import sft
@@ -32,7 +33,8 @@ from utils.launch import deepspeed_config
 from utils.plots import plot_runs
 from utils.run import choose_folder, open_folder
 
-SCRIPTS = [sft, reward_model, ppo, dpo]
+SCRIPTS = [sft, reward_model, ppo, group_invariant_ppo, dpo]
+NAMES = [script.__name__ for script in SCRIPTS]
 COMPILERS = ["cc", "gcc", "g++", "c++", "clang", "clang++", "nvcc", "ninja"]
 SMALL_PPO = ["--total_episodes", "8", "--batch_size", "4", "--num_eval_prompts", "4", "--response_length", "8"]
 
@@ -181,7 +183,7 @@ def test_an_empty_output_folder_can_be_used(tmp_path):
 def test_importing_a_script_does_nothing(tmp_path):
     """Importing the scripts prints nothing, writes nothing, joins no process group and imports no DeepSpeed."""
     code = ("import sys; sys.path.insert(0, sys.argv[1]); sys.dont_write_bytecode = True\n"
-            "import sft, reward_model, ppo, dpo, torch\n"
+            f"import {', '.join(NAMES)}, torch\n"
             "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()")
     done = run([sys.executable, "-c", code, str(ROOT)], environment(), tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -214,7 +216,7 @@ def test_one_script_with_utils_is_enough(tmp_path):
         shutil.copy(script.__file__, tmp_path / f"only_{script.__name__}")
     code = ("import os, runpy, sys\n"
             "sys.path[0], sys.argv, sys.dont_write_bytecode = os.getcwd(), ['script.py'], True\n"
-            "for name in ('sft', 'reward_model', 'ppo', 'dpo'):\n"
+            f"for name in {NAMES}:\n"
             "    os.chdir(os.path.join(sys.path[0], 'only_' + name))\n"
             "    try:\n"
             "        runpy.run_path(name + '.py', run_name='__main__')\n"
@@ -223,9 +225,9 @@ def test_one_script_with_utils_is_enough(tmp_path):
     done = run([sys.executable, "-c", code], environment(), tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 4, done.stderr
+    assert len(lines) == len(SCRIPTS), done.stderr
     for script, line in zip(SCRIPTS, lines):
-        flag = "sft_model" if script is ppo else "model"
+        flag = "sft_model" if hasattr(script.Args, "sft_model") else "model"
         assert line.startswith(f"error: --{flag} {getattr(script.Args, flag)}: ")
         assert [file.name for file in (tmp_path / f"only_{script.__name__}").iterdir()] == [f"{script.__name__}.py"]
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dpo
+import group_invariant_ppo
 import ppo
 import reward_model
 import sft
@@ -288,20 +289,23 @@ def test_sigterm_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
     assert len(steps) == 6 and (folder / "summary.json").is_file() and not (folder / "INTERRUPTED").exists()
 
 
-@pytest.mark.parametrize("script, name", [(sft, "sft"), (reward_model, "reward_model"), (dpo, "dpo")],
-                         ids=["sft", "reward_model", "dpo"])
-def test_sigterm_in_the_other_scripts(script, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, calls", [(sft, 1), (reward_model, 1), (dpo, 1), (group_invariant_ppo, 5)],
+                         ids=["sft", "reward_model", "dpo", "group_invariant_ppo"])
+def test_sigterm_in_the_other_scripts(script, calls, tmp_path, monkeypatch):
     """In this process: SIGTERM inside the third step ends the run after it, with its checkpoint and code 75; then the
-    resumed run ends complete, and SIGTERM ends processes at once again."""
-    made, folder, steps = Runs(tmp_path / "out", name, 1, 0), tmp_path / "run", sigterm_in_step(3, script, monkeypatch)
-    flags = [*made.flags, f"--output_dir={folder}"]
+    resumed run ends complete, and SIGTERM ends processes at once again.
+
+    calls: of optimizer_step in a step; a group head has one in the first of two epochs, policy and critic one in each.
+    """
+    made, folder = Runs(tmp_path / "out", script.__name__, 1, 0), tmp_path / "run"
+    flags, steps = [*made.flags, f"--output_dir={folder}"], sigterm_in_step(3 * calls, script, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         script.main(script.tyro.cli(script.Args, args=flags))
-    assert stopped.value.code == 75 and len(steps) == 3
+    assert stopped.value.code == 75 and len(steps) == 3 * calls
     assert (folder / "checkpoints/step_0000003").is_dir()
     assert (folder / "INTERRUPTED").is_file()
     script.main(script.tyro.cli(script.Args, args=[*flags, "--resume"]))
-    assert len(steps) == 6 and (folder / "summary.json").is_file() and not (folder / "INTERRUPTED").exists()
+    assert len(steps) == 6 * calls and (folder / "summary.json").is_file() and not (folder / "INTERRUPTED").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -556,19 +560,19 @@ def test_tables_of_tensorboard_escape_what_they_show(tmp_path):
 NAN = float("nan")
 
 
-def spoil(monkeypatch, name, call, change):
-    """ppo's function of this name gives `change(result)` at its n-th call."""
-    calls, real = [], getattr(ppo, name)
+def spoil(monkeypatch, script, name, call, change):
+    """The script's function of this name gives `change(result)` at its n-th call."""
+    calls, real = [], getattr(script, name)
 
     def function(*args, **kwargs):
         calls.append(1)
         result = real(*args, **kwargs)
         return change(result) if len(calls) == call else result
 
-    monkeypatch.setattr(ppo, name, function)
+    monkeypatch.setattr(script, name, function)
 
 
-@pytest.mark.parametrize("first_bad, name, call, change", [
+WRONG = [  # what is named first, the function whose result is wrong, at which call, and how
     ("scores", "score_responses", 3, lambda x: x.index_fill(0, torch.tensor([2]), float("inf"))),
     ("ref_logprobs", "token_logprobs", 13, lambda x: x * NAN),
     ("logprobs", "token_logprobs", 14, lambda x: x * NAN),
@@ -577,15 +581,21 @@ def spoil(monkeypatch, name, call, change):
     ("policy loss of epoch 1, minibatch 1", "policy_losses", 5, lambda x: (x[0] * NAN, x[1])),
     ("value loss of epoch 2, minibatch 1", "value_losses", 7, lambda x: (x[0] * NAN, x[1])),
     ("policy gradient norm of epoch 2, minibatch 1", "optimizer_step", 7, lambda norm: norm * float("inf")),
-])
-def test_numbers_that_go_wrong_stop_the_run(first_bad, name, call, change, runs, tmp_path, monkeypatch, capsys):
+]
+WRONG_GROUPS = [("group head gradient norm of epoch 1, minibatch 1", "optimizer_step", 7, lambda norm: norm * NAN)]
+
+
+@pytest.mark.parametrize("script, first_bad, name, call, change", [
+    *((ppo, *case) for case in WRONG), *((group_invariant_ppo, *case) for case in WRONG[:1] + WRONG_GROUPS)])
+def test_numbers_that_go_wrong_stop_the_run(
+        script, first_bad, name, call, change, runs, tmp_path, monkeypatch, capsys):
     """In update 2, after the checkpoint of update 1: the first bad quantity is named, the batch saved and replayed, the
     checkpoint as it was."""
     folder = tmp_path / "run"
-    spoil(monkeypatch, name, call, change)
+    spoil(monkeypatch, script, name, call, change)
     flags = [*(flag for flag in runs.flags if "save_every" not in flag), "--save_every=1", f"--output_dir={folder}"]
     with pytest.raises(SystemExit) as stopped:
-        ppo.main(ppo.tyro.cli(ppo.Args, args=flags))
+        script.main(script.tyro.cli(script.Args, args=flags))
     said = capsys.readouterr().err
     file = folder / "bad_batch_rank0.pt"
     assert stopped.value.code == 1 and said.count("\n") == 1

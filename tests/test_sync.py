@@ -1,12 +1,17 @@
-"""The scripts are siblings: what has one name in several of them has one text, so that a reader learns it once."""
+"""The scripts are siblings: what has one name in several of them has one text, so that a reader learns it once.
+
+`python tests/test_sync.py` writes docs/group_invariant_ppo.diff anew.
+"""
 
 import ast
+import difflib
 from collections import defaultdict
 
 import pytest
 from conftest import ROOT
 
 SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py")) if "class Args" in path.read_text()]
+BOTH = ("ppo.py", "group_invariant_ppo.py")  # the second is the first and a difference that is committed
 EXCEPTIONS = {
     "main": "each script's own steps",
     "Args": "each script's own flags and defaults",
@@ -30,9 +35,9 @@ SHARED = shared_definitions()
 
 def test_shared_definitions_are_found():
     """T13: the comparison below sees the scripts and what they share, cosine_lr and ScalarModel among it."""
-    assert {"sft.py", "reward_model.py", "ppo.py"} <= set(SCRIPTS)
+    assert {"sft.py", "reward_model.py", *BOTH} <= set(SCRIPTS)
     assert {"sft.py", "reward_model.py"} <= set(SHARED["cosine_lr"])
-    assert {"reward_model.py", "ppo.py"} <= set(SHARED["ScalarModel"]) & set(SHARED["at_last_token"])
+    assert {"reward_model.py", *BOTH} <= set(SHARED["ScalarModel"]) & set(SHARED["at_last_token"])
 
 
 @pytest.mark.parametrize("name", sorted(set(SHARED) - set(EXCEPTIONS)))
@@ -59,3 +64,41 @@ def test_machine_flags_are_the_same_text():
     assert "local_rank: int = -1" in blocks["sft.py"]
     for script, text in blocks.items():
         assert text == blocks["sft.py"], f"the machine flags of {script} differ from those of sft.py"
+
+
+# ---- ppo.py -> group_invariant_ppo.py ---------------------------------------------------------------------
+
+DIFFERENCE = ROOT / "docs/group_invariant_ppo.diff"
+
+
+def difference():
+    """The unified diff of the two scripts, as docs/group_invariant_ppo.diff holds it."""
+    lines = ((ROOT / script).read_text().splitlines() for script in BOTH)
+    return "\n".join(difflib.unified_diff(*lines, *BOTH, lineterm="")) + "\n"
+
+
+def code_lines(script):
+    """A script's lines without docstrings, also those of flags, without blank lines and lines of comment alone."""
+    source, documentation = (ROOT / script).read_text(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            documentation |= set(range(node.lineno, node.end_lineno + 1))
+    return [line for number, line in enumerate(source.splitlines(), 1)
+            if number not in documentation and line.strip() and not line.strip().startswith("#")]
+
+
+def test_the_committed_difference_is_the_current_one():
+    """docs/group_invariant_ppo.diff is what leads from ppo.py to group_invariant_ppo.py."""
+    same = DIFFERENCE.read_text() == difference()
+    assert same, "ppo.py or group_invariant_ppo.py has changed. To write the file anew: python tests/test_sync.py"
+
+
+def test_the_difference_is_short():
+    """At most 150 lines of code, added or removed, lie between ppo.py and group_invariant_ppo.py."""
+    lines = difflib.unified_diff(*map(code_lines, BOTH), n=0, lineterm="")
+    changed = [line for line in lines if line[0] in "+-" and not line.startswith(("+++", "---"))]
+    assert 100 < len(changed) <= 150, len(changed)
+
+
+if __name__ == "__main__":
+    DIFFERENCE.write_text(difference())
