@@ -107,8 +107,8 @@ class Args:
     """AdamW epsilon. Paper: 1e-5"""
     max_grad_norm: float = 0.0
     """clip each model's global gradient norm here; 0 = off. Paper: off (detail 44)"""
-    kl_coef: float = 0.4
-    """price of a nat of KL from the reference, in reward. Paper: 0.05"""
+    kl_coef: float = 0.2
+    """price of a nat of KL from the reference, in normalised scores. Paper: 0.05"""
     gamma: float = 1.0
     """discount. Paper: 1.0"""
     lam: float = 0.95
@@ -934,8 +934,7 @@ def main(args: Args):
             "groups/label_entropy": label_entropy, "groups/kappa_min": -all_max(-kappas.min()),
             "groups/kappa_max": all_max(kappas.max())}
         if group_of:
-            groups = [group_of.get(text) for text in query_texts]
-            metrics["groups/auc"] = auc_of_groups(labels[:, best_group], scores, groups)
+            metrics["groups/auc"] = auc_of_groups(labels[:, best_group], scores, map(group_of.get, query_texts))
         if gold_function:
             metrics["objective/gold"] = gold
         stop_if_not_finite(trained | metrics, saved_on_failure, folder, update)
