@@ -527,7 +527,7 @@ def label_gradient(labels, returns, kind):
 
 
 def advantage_multiplier(labels, returns, beta, kind):
-    """1 - beta * pull of the episode's groups: (B,), mean 1 over all episodes [G8].
+    """1 - beta * pull of the episode's groups: (B,), mean 1 over all episodes where no group is empty [G8].
 
     Policy gradient of J - beta * variance, with labels and shares taken as constants.
     """
@@ -536,7 +536,8 @@ def advantage_multiplier(labels, returns, beta, kind):
 
 def adaptive_kl_coefs(labels, scores, kl_coef):
     """kl_coef times the probability of the group with the highest mean score, (B,), and that group [G10]."""
-    best = group_means(labels, scores)[1].argmax()
+    shares, means = group_means(labels, scores)
+    best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()  # an empty group would leave all without a penalty
     return kl_coef * labels[:, best], best
 
 
@@ -726,7 +727,7 @@ def main(args: Args):
         samples = gather_rows(dict(zip(columns, row)) for row in zip(*columns.values()))
         starts = gather_rows(tuple(row) for row in responses[:, :4].tolist())
         metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples])) for name in list(columns)[2:]}
-        unit = state.get("first_moments", (0, 0.0, 1.0))[2]  # [G2] a nat costs kl_coef normalised scores
+        unit = state.get("first_moments", (0, 0.0, 0.0))[2] or 1.0  # [G2] a nat costs kl_coef normalised scores
         metrics["eval/rlhf_reward"] = metrics["eval/score"] - args.kl_coef * unit * metrics["eval/kl"]
         metrics["eval/distinct_starts"] = len(set(starts)) / len(starts)  # low: it says the same thing everywhere
         tracker.samples(update, samples)
@@ -811,8 +812,7 @@ def main(args: Args):
         # 6. rewards and advantages
         kl = k1(logprobs, ref_logprobs)  # (B, Tr), 0 after EOS
         kl_coefs, best_group = adaptive_kl_coefs(labels, normalized, args.kl_coef)  # [G10]
-        if not args.dynamic_kl:
-            kl_coefs = torch.full_like(kl_coefs, args.kl_coef)
+        kl_coefs = kl_coefs if args.dynamic_kl else torch.full_like(kl_coefs, args.kl_coef)
         rewards = token_rewards(kl, normalized, lengths, kl_coefs[:, None])  # (B, Tr)
         group_returns = normalized if args.invariance_estimator == "exact" else rewards.sum(1)  # [G5] (B,)
         gradient = label_gradient(labels, group_returns, args.group_variance)  # [G7] (B, M)

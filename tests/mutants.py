@@ -131,7 +131,7 @@ MUTANTS = {  # number: (file, text, broken text)
            "* gradient[rows]).sum() / len(episodes)"),
     "G8": ("group_invariant_ppo.py", "return (1 - beta * labels.double()", "return (1 + beta * labels.double()"),
     "G9": ("group_invariant_ppo.py", "keepdim=True) * torch.rsqrt(variance + 1e-8)", "keepdim=True)"),
-    "G10": ("group_invariant_ppo.py", "best = group_means(labels, scores)[1].argmax()",
+    "G10": ("group_invariant_ppo.py", "best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()",
             "best = group_means(labels, scores)[1].argmin()"),
     "G11": ("group_invariant_ppo.py", 'optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)',
             'optimizer_step(engines["group_head"], critic_lr)'),
