@@ -6,6 +6,7 @@ Paper: "Improving Generalization of Alignment with Human Preferences through Gro
   stage 2: the policy minimises that variance too: advantages count less in groups with more than the mean return
   KL: an episode's penalty is weighted with its probability of the best group
 `[detail N]` are the N+ paper's, `[G N]` this one's, `[E N]` our own choices; docs/details.md has each with its reason.
+`Paper:` in the flags is this paper's value, or N+'s where this one's is not known.
 
 Differs from the N+ paper's code, and so in the numbers:
   1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
@@ -72,13 +73,13 @@ class Args:
     episodes_per_prompt: int = 1
     """episodes of a prompt in a row [G1]. Paper: 8"""
     response_length: int = 24
-    """tokens to sample at most. Paper: 53"""
+    """tokens to sample at most. Paper: 512"""
     temperature: float = 0.7
-    """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.7"""
+    """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.8"""
     top_p: float = 1.0
-    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. Paper: 1.0"""
+    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. Paper: 0.9"""
     repetition_penalty: float = 1.0
-    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. Paper: 1.0"""
+    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. Paper: 1.1"""
     missing_eos_score: float | None = -1.0
     """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
@@ -90,17 +91,17 @@ class Args:
     total_episodes: int = 3200
     """episodes to roll out in all. Paper: 1,000,000"""
     batch_size: int = 64
-    """episodes per update, over all ranks. Paper: 512"""
+    """episodes per update, over all ranks. Paper: 64"""
     num_ppo_epochs: int = 4
-    """passes over the episodes of an update. Paper: 4"""
+    """passes over the episodes of an update. Paper: 1"""
     num_minibatches: int = 1
     """optimizer steps per pass. Paper: 1"""
     micro_batch_size: int = 32
     """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B) to 1 (6.9B)"""
     lr: float = 5e-4
-    """learning rate of the policy, falling linearly to 0. Paper: 3e-6"""
+    """learning rate of the policy, falling linearly to 0. Paper: 5e-7"""
     critic_lr: float = 5e-4
-    """learning rate of the critic, falling linearly to 0. Paper: 3e-6"""
+    """learning rate of the critic, falling linearly to 0. Paper: 9e-6"""
     weight_decay: float = 0.01
     """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
@@ -154,7 +155,7 @@ class Args:
     seed: int = 1
     """decides the order of the prompts and all sampling noise. Paper: 44413, 55513, 66613, 77713"""
     output_dir: str | None = None
-    """where to write; default runs/ppo, or runs/ppo-2, ... if that exists"""
+    """where to write; default runs/group_invariant_ppo, or runs/group_invariant_ppo-2, ... if that exists"""
     resume: bool = False
     """continue the run in output_dir from its last checkpoint, exactly"""
     overwrite: bool = False
