@@ -129,7 +129,7 @@ MUTANTS = {  # number: (file, text, broken text)
            'weights = shares if kind == "uniform" else'),
     "G7": ("group_invariant_ppo.py", "* gradient[rows]).sum() / args.batch_size",
            "* gradient[rows]).sum() / len(episodes)"),
-    "G8": ("group_invariant_ppo.py", "return (1 - beta * labels.double()", "return (1 + beta * labels.double()"),
+    "G8": ("group_invariant_ppo.py", "            advantages *= kappas[:, None]", "            pass"),
     "G9": ("group_invariant_ppo.py", "keepdim=True) * torch.rsqrt(variance + 1e-8)", "keepdim=True)"),
     "G10": ("group_invariant_ppo.py", "best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()",
             "best = group_means(labels, scores)[1].argmin()"),
