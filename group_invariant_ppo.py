@@ -6,7 +6,7 @@ Paper: "Improving Generalization of Alignment with Human Preferences through Gro
   stage 2: the policy minimises that variance too: advantages count less in groups with more than the mean return
   KL: an episode's penalty is weighted with its probability of the best group
 `[detail N]` are the N+ paper's, `[G N]` this one's, `[E N]` our own choices; docs/details.md has each with its reason.
-`Paper:` in the flags is this paper's value, or N+'s where this one's is not known.
+`Paper:` in the flags is this paper's value, or N+'s where this one's is not known (seeds, AdamW, episodes, lengths).
 
 Differs from the N+ paper's code, and so in the numbers:
   1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
@@ -63,7 +63,7 @@ class Args:
     gold_function: str | None = "assets.vader:positive"
     """module:name of such a function that only watches. The default judges the embedded task; None: no judge"""
     prompts: str = "assets/data/train.jsonl"
-    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: the SFT train split"""
+    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: those of Anthropic/hh-rlhf"""
     eval_prompts: str = "assets/data/validation.jsonl"
     """held-out prompts"""
     max_prompt_length: int = 32
@@ -141,7 +141,7 @@ class Args:
     invariance_estimator: Literal["advantage", "exact"] = "advantage"
     """gradient of the variance with advantages, labels taken as fixed, or with scores, exact. Paper: not known"""
     group_head_lr: float = 5e-4
-    """learning rate of the group head, falling linearly to 0. Paper: the critic's"""
+    """learning rate of the group head, falling linearly to 0. Paper: not known"""
     detach_group_trunk: bool = False
     """train the group head alone on the variance, not the critic under it. Paper: False"""
 
@@ -241,8 +241,8 @@ class GroupHead(torch.nn.Module):
 
     def __init__(self, hidden_size, num_groups, seed):
         super().__init__()  # never zeros: equal labels are a saddle of the variance. No draw from the global generator
-        weight = torch.randn(num_groups, hidden_size, generator=torch.Generator().manual_seed(seed))
-        self.weight, self.bias = torch.nn.Parameter(0.02 * weight), torch.nn.Parameter(torch.zeros(num_groups))
+        weight = torch.randn(num_groups, hidden_size, generator=torch.Generator().manual_seed(seed)) / hidden_size**0.5
+        self.weight, self.bias = torch.nn.Parameter(0.2 * weight), torch.nn.Parameter(torch.zeros(num_groups))
 
     def forward(self, states):
         return torch.nn.functional.linear(states, self.weight, self.bias).float().softmax(-1)
@@ -509,10 +509,9 @@ def group_variance(labels, returns, kind):
 
 
 def group_pull(labels, returns, kind):
-    """Derivative of the variance by each group mean, divided by the group's share, and the mean that it pulls from.
+    """The variance's derivative by each group mean R_g over the group's share; what label_gradient counts from. (M,).
 
-    mass: 2 (R_g - R), uniform: 2 (R_g - mean of the M) / (M share_g), (M,); R is the mean of all. The second, (M,): an
-    episode whose return is above it makes the variance grow as its label moves to a group that is above R.
+    mass: 2 (R_g - R) and (R_g + R) / 2, R the mean of all; uniform: 2 (R_g - mean of the M) / (M share_g) and R_g.
     """
     shares, means = group_means(labels, returns)
     if kind == "uniform":
@@ -522,7 +521,11 @@ def group_pull(labels, returns, kind):
 
 
 def label_gradient(labels, returns, kind):
-    """B times the derivative of the variance by each label, up to what is common to a row: (B, M) [G7]."""
+    """B times the derivative of the variance by each label, up to a term that a row's labels share: (B, M) [G7].
+
+    With two groups an episode moves to the better one where its return is above their midpoint (mass), or above
+    R_better share_worse + R_worse share_better (uniform), which a small group moves away from itself.
+    """
     pull, base = group_pull(labels, returns, kind)
     return (pull * (returns[:, None] - base)).to(labels.dtype)
 
@@ -824,7 +827,8 @@ def main(args: Args):
         variance = masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask)
         advantages = masked_whiten(advantages, mask)  # [detail 25] [detail 37]
         if args.invariance_estimator == "exact":  # [G9]
-            advantages -= args.beta_policy * (labels * gradient).sum(1, keepdim=True) * torch.rsqrt(variance + 1e-8)
+            cost = args.beta_policy * (labels * gradient).sum(1, keepdim=True)  # (B, 1); its mean is not 0 for mass
+            advantages -= (cost - all_sum(cost.sum()) / args.batch_size) * torch.rsqrt(variance + 1e-8)
         else:  # [G8] after whitening, which would undo some of it, and before the clip, as it may be negative
             advantages *= kappas[:, None]
         saved_on_failure = {"queries": query_ids, "responses": responses}
@@ -902,9 +906,8 @@ def main(args: Args):
             scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(),
             torch.tensor(golds, device=device))]))  # no golds without a judge
         score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
-        group_sums = all_sum(torch.stack([x.sum() for x in (
-            normalized, kl_coefs, kl_coefs * kl.sum(1), -labels * labels.clamp(min=1e-9).log())]))
-        normal, kl_coef, kl_cost, label_entropy = (group_sums / args.batch_size).tolist()
+        sums = torch.stack([normalized.sum(), kl_coefs.sum(), kl_coefs @ kl.sum(1), torch.special.entr(labels).sum()])
+        normal, kl_coef, kl_cost, label_entropy = (all_sum(sums) / args.batch_size).tolist()
         pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (all_sum(token_sums) / counted[0]).tolist()
         vf_loss, vf_clipfrac = (all_sum(state_sums) / counted[1]).tolist()
         steps = args.num_ppo_epochs * args.num_minibatches

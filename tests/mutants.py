@@ -130,7 +130,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "G7": ("group_invariant_ppo.py", "* gradient[rows]).sum() / args.batch_size",
            "* gradient[rows]).sum() / len(episodes)"),
     "G8": ("group_invariant_ppo.py", "            advantages *= kappas[:, None]", "            pass"),
-    "G9": ("group_invariant_ppo.py", "keepdim=True) * torch.rsqrt(variance + 1e-8)", "keepdim=True)"),
+    "G9": ("group_invariant_ppo.py", "args.batch_size) * torch.rsqrt(variance + 1e-8)", "args.batch_size)"),
     "G10": ("group_invariant_ppo.py", "best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()",
             "best = group_means(labels, scores)[1].argmin()"),
     "G11": ("group_invariant_ppo.py", 'optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)',

@@ -387,7 +387,7 @@ def test_group_head_is_drawn_small_from_the_seed_alone():
     head, same, other = (gip.GroupHead(4096, 3, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(head.weight, same.weight) and not torch.equal(head.weight, other.weight)
-    assert head.weight.shape == (3, 4096) and head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert head.weight.shape == (3, 4096) and head.weight.std().item() == pytest.approx(0.2 / 4096**0.5, rel=0.05)
     assert (head.bias == 0).all() and head.weight.requires_grad and head.bias.requires_grad
 
 
@@ -820,17 +820,27 @@ def test_g7_minibatches_share_the_variances_gradient(grouped, tmp_path):
 
 def test_g9_exact_takes_off_the_scores_part(grouped, tmp_path):
     """--invariance_estimator exact: the groups' returns are the normalised scores without KL; what is taken off the
-    advantages is divided by the sd that whitens them, and nothing is multiplied (T11, G9)."""
+    advantages loses its mean, is divided by the sd that whitens them, and nothing is multiplied (T11, G9)."""
     o, taken = observe(grouped, tmp_path / "run", invariance_estimator="exact"), []
     for u in o.updates:
         assert torch.equal(u.group_returns, u.normalized)
         mean, found = u.normalized.double().mean(), u.advantages[u.mask].double()
         means = torch.tensor(slow_means(u.labels, u.normalized)[1])
         off = 10.0 * (u.labels * (means - mean) * (2 * u.normalized[:, None] - means - mean)).sum(1)
+        off = off - off.mean()
         expected = (u.advantages - found.mean() - off[:, None]) / found.std(correction=0)
         losses_are_given(u, expected)
         taken.append(off)
     assert torch.cat(taken).abs().max() > 0.1
+
+
+def test_g8_multipliers_are_those_of_the_variance_asked_for(grouped, tmp_path):
+    """--group_variance uniform: so are the multipliers, and they differ from those by mass (G6, G8)."""
+    o = observe(grouped, tmp_path / "run", group_variance="uniform")
+    for u, row in zip(o.updates, training(o.metrics)):
+        uniform, mass = (gip.advantage_multiplier(u.labels, u.group_returns, 10.0, kind) for kind in ("uniform", "mass"))
+        close(row["groups/kappa_max"], uniform.max(), 1e-4)
+    assert abs(uniform.max() - mass.max()) > 1e-3
 
 
 def test_g10_fixed_kl_is_charged_to_all_alike(grouped, tmp_path):
