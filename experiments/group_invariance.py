@@ -396,8 +396,11 @@ def report(out, bed):
 
 
 def win_rates(out, seeds):
-    """evaluate.py on the openings: the arms at their middle KL coefficient, and PPO without KL, against SFT and PPO."""
-    table = {}
+    """evaluate.py on the openings: the arms at their middle KL coefficient, and PPO without KL, against SFT and PPO.
+
+    The same coefficient is not the same KL, so that stands beside it.
+    """
+    table, kls = {}, {}
     for seed in seeds:
         folder, models = out / "win_rates" / f"seed_{seed}", {}
         for arm, (*_, kl_coefs) in OPENING_ARMS.items():
@@ -408,16 +411,20 @@ def win_rates(out, seeds):
                 sys.executable, "evaluate.py", "--models", "assets/sft", *policies, "--prompts",
                 str(out / "openings_data" / "evaluation.jsonl"), "--output_dir", str(folder), "--overwrite"],
                 check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for row in json.loads((folder / "summary.json").read_text())["comparisons"]:
+        summary = json.loads((folder / "summary.json").read_text())
+        for name, row in summary["models"].items():
+            kls.setdefault(models.get(name, name), []).append(row["kl"])
+        for row in summary["comparisons"]:
             pair = models.get(row["a"], row["a"]), models.get(row["b"], row["b"])
             for (a, b), rate in ((pair, row["win_rate"]), (pair[::-1], 1 - row["win_rate"])):
                 table.setdefault((row["judge"], a, b), []).append(rate)
     against = ("references", "sft", "ppo without KL", "ppo")
     for judge in sorted({judge for judge, _, _ in table}):
-        print(f"\nWin rates by {judge}, mean ± 95 % interval over {len(seeds)} seeds:\n\n| | {' | '.join(against)} |")
-        print("|-" * (len(against) + 1) + "|")
+        print(f"\nWin rates by {judge}, mean ± 95 % interval over {len(seeds)} seeds:\n\n| | KL | {' | '.join(against)} |")
+        print("|-" * (len(against) + 2) + "|")
         for arm in ("sft", *OPENING_ARMS):
-            cells = ["{:.3f} ± {:.3f}".format(*interval(table.get((judge, arm, other), []))) for other in against]
+            columns = kls[arm], *(table.get((judge, arm, other), []) for other in against)
+            cells = ["{:.3f} ± {:.3f}".format(*interval(values)) if values else "" for values in columns]
             print(f"| {arm} | {' | '.join(cells)} |")
 
 
@@ -429,8 +436,12 @@ def plot(out, bed, runs):
     from matplotlib import pyplot
 
     shown = [arm for arm in ("ppo without KL", "ppo", "invariance 0.6", "adaptive KL", "both") if arm in BEDS[bed][0]]
-    figure, axes = pyplot.subplots(1, 2 + len(shown), figsize=(3.2 * (2 + len(shown)), 3.2), layout="constrained")
-    for number, arm in enumerate(shown):
+    figure = pyplot.figure(figsize=(2.6 * len(shown), 6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
+    gap_axis, score_axis = above.subplots(1, 2)
+    histograms = below.subplots(1, len(shown), sharex=True, sharey=True)
+    below.suptitle("held-out scores at the end of training, by true group", fontsize=10)
+    for number, (arm, histogram) in enumerate(zip(shown, histograms)):
         kl_coefs = BEDS[bed][0][arm][3]
         some = [found for found in runs if found["arm"] == arm and found["kl_coef"] == kl_coefs[len(kl_coefs) // 2]]
         curves = []
@@ -441,17 +452,18 @@ def plot(out, bed, runs):
         if not some:
             continue
         gap, score, kl = np.mean(curves, axis=0)
-        axes[0].plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}", label=arm)
-        axes[1].plot(kl, score, "o-", ms=3, color=f"C{number}")
+        gap_axis.plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}", label=arm)
+        score_axis.plot(kl, score, "o-", ms=3, color=f"C{number}", label=arm)
         for group in sorted(some[0]["scores"]):
             values = [score for found in some for score in found["scores"][group]]
-            axes[2 + number].hist(values, bins=24, alpha=0.5, density=True, label=group)
-        axes[2 + number].set(title=f"{arm}: held-out scores at the end")
-        axes[2 + number].legend(fontsize=8)
-    axes[0].set(title="gap between true groups", xlabel="update")
-    axes[1].set(title="score", xlabel="KL to the SFT model, nats")
-    axes[0].legend(fontsize=8)
-    for axis in axes:
+            bins = np.arange(-0.5, LENGTH + 1) * 2 / LENGTH if bed == "token" else 24  # the proxy has seven values
+            histogram.hist(values, bins=bins, histtype="step", lw=1.5, density=True, label=group)
+        histogram.set_title(arm, fontsize=9)
+    histograms[0].legend(fontsize=8)
+    gap_axis.set(title="gap between true groups, mean of seeds", xlabel="update")
+    score_axis.set(title="score, mean of seeds", xlabel="KL to the SFT model, nats")
+    gap_axis.legend(fontsize=8)
+    for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / f"{bed}.png", dpi=110)
