@@ -439,7 +439,7 @@ def plot(out, bed, runs):
     figure = pyplot.figure(figsize=(2.6 * len(shown), 6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     gap_axis, score_axis = above.subplots(1, 2)
-    histograms = below.subplots(1, len(shown), sharex=True, sharey=True)
+    histograms = below.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
     below.suptitle("held-out scores at the end of training, by true group", fontsize=10)
     for number, (arm, histogram) in enumerate(zip(shown, histograms)):
         kl_coefs = BEDS[bed][0][arm][3]
