@@ -72,7 +72,7 @@ def test_controls_change_labels_or_multipliers_and_nothing_after_them():
 
 def test_a_point_at_equal_kl_lies_between_its_neighbours():
     points = [{"KL": kl, "gold": gold, "gap": gap} for kl, gold, gap in ((4.0, 0.5, 0.1), (1.0, 0.2, 0.4), (2, 0.4, 0))]
-    assert bed.at_kl(points, 1.5) == pytest.approx({"gold": 0.3, "gap": 0.2})
+    assert bed.at_kl(points, 1.25) == pytest.approx({"gold": 0.25, "gap": 0.3})
     assert bed.at_kl(points, 3.0) == pytest.approx({"gold": 0.45, "gap": 0.05})
     assert bed.at_kl(points, 0.9) is None and bed.at_kl(points, 4.1) is None
 
