@@ -6,24 +6,29 @@ two groups, evening out their returns and adapting the KL penalty to them narrow
 Two beds, both run by group_invariant_ppo.py itself:
   token     80 % easy prompts, where one shortcut works everywhere, and 20 % hard ones, whose content must be read; an
             SFT model of 0.1M parameters that says nearly random symbols. Its gold reward, which is never trained on,
-            falls where the shortcut is overdone.
+            falls where the shortcut is overdone. There are 16 prompts, evaluated 32 times each; none is held out.
   openings  the embedded SFT and reward models; prompts are the first four words of its sentences, grouped by the sign
             of their VADER score (11 % negative, 70 % neutral, 19 % positive); gold is VADER's score of the sentence.
 
 Arms, each at three KL coefficients: PPO; + invariance (beta_policy 0 to 5); + adaptive KL; both; on the token bed also
 labels of the prompt, the exact estimator, the uniform variance, a balanced mixture, and controls: shuffled (multipliers
 permuted among episodes), score (labels are ranks of the score, no group head), reweight (each true group at its mean
-multiplier), oracle (the true groups as labels; here and for score the group head is not trained at all).
+multiplier), oracle (the true groups as labels, 0 or 1; here and for score the group head is not trained at all).
+
+Figures: score is what is trained; gold and score are means over the mixture of prompts that the run was trained on; the
+gap is the largest difference between the mean scores of true groups; KL is the sum of log policy - log reference over
+the sampled tokens, in nats, a mean over the same responses.
 
 Settings were fixed after pilots on seeds 1, 100 to 103 and, with an earlier version of the script, 11 to 14; the seeds
 below are others. Fixed beforehand, at the end of training:
-  primary     "invariance 0.6" minus "ppo": gold mean over the mixture, and gap, the largest difference between the
-              mean scores of true groups, both at equal realised KL (TARGET_KL nats: each seed's three KL coefficients
-              are interpolated linearly in their KL; a seed that does not reach that KL on both sides is left out, and
-              counted), paired by seed, mean and 95 % interval (t).
+  primary     "invariance 0.6" minus "ppo": gold and gap, both at equal realised KL (TARGET_KL nats: each seed's three
+              KL coefficients are interpolated linearly in their KL; a seed that does not reach that KL on both sides is
+              left out, and counted), paired by seed, mean and 95 % interval (t).
   equivalence is claimed only where the whole interval lies within plus and minus MARGINS.
   secondary   the same for every other arm, and, because adaptive KL steers its own KL, each run minus PPO
               interpolated at the KL of that very run. These are many: one in twenty misses 0 by chance.
+Added when the first seeds had been seen: the arms "exact, score" and "exact, oracle", and all that the report prints of
+single groups, of parabolas and of "invariance 0.6" minus other arms than PPO.
 The figures for other shares of easy prompts follow from the same group means: that would be reweighting, no evidence of
 generalisation, and is not reported. No outcome is required.
 
@@ -144,7 +149,7 @@ def control(name, groups, seed):
     the true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids: easy, 1 or 0}.
     """
     real = {function: getattr(gi, function) for function in (
-        "join", "normalize", "advantage_multiplier", "adaptive_kl_coefs")}
+        "join", "normalize", "label_gradient", "advantage_multiplier", "adaptive_kl_coefs")}
     rng, batch = np.random.default_rng((seed, 5)), {}
 
     def join(queries, *others):  # the last call before the multipliers is that of the update's episodes
@@ -160,6 +165,11 @@ def control(name, groups, seed):
         high = {"score": "rank", "oracle": "easy"}.get(name)
         return labels if high is None else torch.stack([1 - batch[high].float(), batch[high].float()], dim=1)
 
+    def gradient(labels, *others):  # the exact estimator sums it over the script's labels, which sum to 1
+        chosen = other_labels(labels)
+        found = real["label_gradient"](chosen, *others)
+        return found if chosen is labels else (chosen * found).sum(1, keepdim=True).expand_as(labels)
+
     def multiplier(labels, *others):
         kappas = real["advantage_multiplier"](other_labels(labels), *others)
         if name == "shuffled":
@@ -173,7 +183,8 @@ def control(name, groups, seed):
         return real["adaptive_kl_coefs"](other_labels(labels), *others)
 
     try:
-        gi.join, gi.normalize, gi.advantage_multiplier, gi.adaptive_kl_coefs = join, normalize, multiplier, kl_coefs
+        gi.join, gi.normalize, gi.label_gradient = join, normalize, gradient
+        gi.advantage_multiplier, gi.adaptive_kl_coefs = multiplier, kl_coefs
         yield
     finally:
         for function, value in real.items():
@@ -182,6 +193,7 @@ def control(name, groups, seed):
 
 PPO = ["--beta_critic=0", "--beta_policy=0", "--no-dynamic_kl"]
 BETA = 0.6
+EXACT = ("--invariance_estimator=exact",)
 
 
 def invariance(beta, *more):
@@ -202,7 +214,9 @@ TOKEN_ARMS = {
     "oracle": (invariance(BETA, "--beta_critic=0"), "oracle", "imbalanced", TOKEN_KLS),
     "oracle adaptive KL": (["--beta_policy=0", "--beta_critic=0"], "oracle", "imbalanced", TOKEN_KLS_ADAPTIVE),
     "prompt labels": (invariance(BETA, "--group_level=prompt"), None, "imbalanced", TOKEN_KLS),
-    "exact": (invariance(BETA, "--invariance_estimator=exact"), None, "imbalanced", TOKEN_KLS),
+    "exact": (invariance(BETA, *EXACT), None, "imbalanced", TOKEN_KLS),
+    "exact, score": (invariance(BETA, *EXACT, "--beta_critic=0"), "score", "imbalanced", TOKEN_KLS),
+    "exact, oracle": (invariance(BETA, *EXACT, "--beta_critic=0"), "oracle", "imbalanced", TOKEN_KLS),
     "uniform": (invariance(BETA, "--group_variance=uniform"), None, "imbalanced", TOKEN_KLS),
     "ppo, balanced": (PPO, None, "balanced", TOKEN_KLS),
     "invariance 0.6, balanced": (invariance(BETA), None, "balanced", TOKEN_KLS),
@@ -281,11 +295,13 @@ def run(out, bed, arm, kl_coef, seed, flags=()):
     last = {group: [row[0] for row in rows] for group, rows in curve[max(curve)].items()}
     kept = [{key: value for key, value in row.items() if key.startswith(("step", "group", "objective"))}
             for row in metrics if "lr" in row]
-    file.write_text(json.dumps({
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({
         "arm": arm, "kl_coef": kl_coef, "seed": seed, "flags": [*bed_flags, *more, *flags], "scores": last,
         "metrics": kept,
         "curve": {step: {group: [len(rows), *np.mean(rows, axis=0)] for group, rows in groups.items()}
                   for step, groups in curve.items()}}))
+    unfinished.replace(file)
     for path in folder.iterdir():  # the policy stays, for evaluate.py
         if bed == "token" or path.is_dir() or path.suffix == ".jsonl":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -299,27 +315,31 @@ MIXTURE = {"imbalanced": {"E": 0.8, "H": 0.2}, "balanced": {"E": 0.5, "H": 0.5}}
 
 
 def figures(bed, found):
-    """What one run ended with: gold and KL over the mixture, gap and score of each true group, and its labels."""
-    groups = found["curve"][max(found["curve"], key=int)]  # {group: [rows, score, gold, kl, length]}
-    _, change, prompts, _ = BEDS[bed][0][found["arm"]]
+    """What one run ended with: over the mixture that it was trained on, for each true group, and of its labels."""
+    last = max(found["curve"], key=int)
+    groups = found["curve"][last]  # {group: [rows, score, gold, kl, length]}
+    flags, _, prompts, _ = BEDS[bed][0][found["arm"]]
     mixture = MIXTURE[prompts] if bed == "token" else None
     total = sum(rows for rows, *_ in groups.values())
     share = mixture or {group: rows / total for group, (rows, *_) in groups.items()}
     scores = {group: values[1] for group, values in groups.items()}
     late = found["metrics"][len(found["metrics"]) // 2 :]
+    auc = np.array([row["groups/auc"] for row in late])
     return {
         "gold": sum(share[group] * values[2] for group, values in groups.items()),
         "gap": max(scores.values()) - min(scores.values()),
         "score": sum(share[group] * score for group, score in scores.items()),
         "KL": sum(share[group] * values[3] for group, values in groups.items()),
-        **{f"score {group}": score for group, score in sorted(scores.items())},
-        **{f"KL {group}": values[3] for group, values in sorted(groups.items())},
-        **({} if change else {  # with other labels than the head's these two would be of both
-            "AUC": np.mean([row["groups/auc"] for row in late]),
+        **{f"{name} {group}": values[column] for name, column in (("score", 1), ("gold", 2), ("KL", 3))
+           for group, values in sorted(groups.items())},
+        **{f"sd {group}": np.std(values) for group, values in sorted(found["scores"].items())},
+        "mean KL coefficient": np.mean([row["objective/kl_coef"] for row in late]),
+        **({} if "--beta_critic=0" in flags else {  # there the head is random
+            "AUC, either way": np.maximum(auc, 1 - auc).mean(), "AUC below 1/2": (auc < 0.5).mean(),
             "best group's share": np.mean([row["group_0/share"] for row in late])}),
-        "kappa from": min(row["groups/kappa_min"] for row in late),
-        "to": max(row["groups/kappa_max"] for row in late),
-        "mean KL coefficient": np.mean([row["objective/kl_coef"] for row in late])}
+        **({} if EXACT[0] in flags else {  # there it has no multipliers
+            "kappa from": np.mean([row["groups/kappa_min"] for row in late]),
+            "to": np.mean([row["groups/kappa_max"] for row in late])})}
 
 
 def rounded(values):
@@ -336,62 +356,101 @@ def interval(values):
 
 
 def at_kl(points, kl):
-    """Gold and gap at this KL, linear between the two neighbours of points {"KL", "gold", "gap"}; None outside them."""
+    """Every figure at this KL, linear between the two neighbours of points [{"KL", ...}]; None outside them.
+
+    "gold, parabola" and "gap, parabola" are those of a parabola in the KL through three points.
+    """
     points = sorted(points, key=lambda point: point["KL"])
     for left, right in zip(points, points[1:]):
         if left["KL"] <= kl <= right["KL"]:
             weight = (kl - left["KL"]) / max(right["KL"] - left["KL"], 1e-9)
-            return {key: (1 - weight) * left[key] + weight * right[key] for key in ("gold", "gap")}
+            curved = {f"{key}, parabola": np.polyval(np.polyfit(*([point[name] for point in points] for name in (
+                "KL", key)), 2), kl) for key in ("gold", "gap")} if len(points) == 3 else {}
+            return {key: (1 - weight) * left[key] + weight * right[key] for key in left} | curved
     return None
+
+
+def difference(points, arm, base, seeds, key):
+    """This arm minus that one, by seed, as "mean ± half width", with mean and half width."""
+    mean, half = interval([points[arm, seed][key] - points[base, seed][key] for seed in seeds])
+    return f"{mean:+.3f} ± {half:.3f}", mean, half
+
+
+def table(head, rows):
+    print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["-"] * len(head), *rows)))
 
 
 def report(out, bed):
     runs = [json.loads(file.read_text()) for file in sorted((out / bed).glob("*.json"))]
     runs = [found for found in runs if found["seed"] in SEEDS]
+    arms = BEDS[bed][0]
     for found in runs:
-        if found["flags"] != BEDS[bed][1] + BEDS[bed][0][found["arm"]][0]:
+        if found["flags"] != BEDS[bed][1] + arms[found["arm"]][0]:
             raise SystemExit(f"{found['arm']}, seed {found['seed']}: a run with other flags than those of this file")
     ends = {(found["arm"], found["kl_coef"], found["seed"]): figures(bed, found) for found in runs}
     write(out / f"{bed}.jsonl", [{
-        "arm": found["arm"], "kl_coef": found["kl_coef"], "seed": found["seed"], **rounded(list(ends.values())[i]),
+        "arm": found["arm"], "kl_coef": found["kl_coef"], "seed": found["seed"], **rounded(end),
         "curve": {step: {group: rounded(values) for group, values in groups.items()}
-                  for step, groups in found["curve"].items()}} for i, found in enumerate(runs)])
-    arms, seeds = BEDS[bed][0], sorted({seed for _, _, seed in ends})
-    kl, margins = TARGET_KL[bed], MARGINS[bed]
-    points = {(arm, seed): at_kl([ends[arm, kl_coef, seed] for kl_coef in arms[arm][3]
-                                  if (arm, kl_coef, seed) in ends], kl) for arm in arms for seed in seeds}
+                  for step, groups in found["curve"].items()}} for found, end in zip(runs, ends.values())])
+    seeds, kl, margins = sorted({seed for _, _, seed in ends}), TARGET_KL[bed], MARGINS[bed]
+
+    def of_seed(arm, seed):  # the runs of all KL coefficients, or None
+        some = [ends.get((arm, kl_coef, seed)) for kl_coef in arms[arm][3]]
+        return None if None in some else some
+
+    def base_of(arm):
+        return "ppo, balanced" if "balanced" in arm else "ppo"
+
+    points = {(arm, seed): at_kl(some, kl) for arm in arms for seed in seeds if (some := of_seed(arm, seed))}
+    paired = {arm: [seed for seed in seeds if points.get((arm, seed)) and points.get((base_of(arm), seed))]
+              for arm in arms}
+    compared = [arm for arm in arms if len(paired[arm]) > 1]
     print(f"{bed}: {len(runs)} runs, seeds {seeds}\n\nAt {kl:g} nats, paired by seed with PPO on the same prompts:\n")
-    print("| arm | seeds | gold | gold - PPO | gap | gap - PPO | verdict |\n|-|-|-|-|-|-|-|")
-    for arm in arms:
-        base = "ppo, balanced" if "balanced" in arm else "ppo"
-        both = [(points[arm, seed], points[base, seed]) for seed in seeds if points[arm, seed] and points[base, seed]]
-        if len(both) < 2:
-            print(f"| {arm} | {len(both)} of {len(seeds)} | | | | | |")
-            continue
+    rows = []
+    for arm in compared:
         cells, verdict = [], []
+        done = sum((arm, seed) in points for seed in seeds)
         for key in ("gold", "gap"):
-            mean, half = interval([ours[key] - theirs[key] for ours, theirs in both])
-            cells += [f"{np.mean([ours[key] for ours, _ in both]):.3f}", f"{mean:+.3f} ± {half:.3f}"]
-            verdict.append(f"{key} {'higher' if mean > 0 else 'lower'}" if abs(mean) > half else
-                           f"{key} equal" if abs(mean) + half < margins[key] else f"{key} open")
-        verdict = ", ".join(verdict) if arm == "invariance 0.6" else ""
-        print(f"| {arm} | {len(both)} of {len(seeds)} | {' | '.join(cells)} | {verdict} |")
-    for (arm, kl_coef, seed), end in ends.items():  # against PPO at the KL of this very run
-        base = "ppo, balanced" if "balanced" in arm else "ppo"
-        theirs = at_kl([ends[base, other, seed] for other in arms[base][3] if (base, other, seed) in ends], end["KL"])
-        end |= {f"{key} - PPO at this KL": theirs and end[key] - theirs[key] for key in ("gold", "gap")}
-    columns = list(next(iter(ends.values())))
-    print("\nAt the end of training, mean ± 95 % interval over the seeds:\n")
-    print(f"| arm | KL coefficient | {' | '.join(columns)} |")
-    print("|-" * (len(columns) + 2) + "|")
+            cell, mean, half = difference(points, arm, base_of(arm), paired[arm], key)
+            cells += [f"{np.mean([points[arm, seed][key] for seed in paired[arm]]):.3f}", cell]
+            words = {"higher": mean > half, "lower": mean < -half,
+                     f"within ±{margins[key]:g}": abs(mean) + half < margins[key]}
+            verdict.append(f"{key} {', '.join(word for word in words if words[word]) or 'open'}")
+        primary = arm == "invariance 0.6" and done == len(SEEDS)
+        rows.append([arm, f"{len(paired[arm])} of {done}", *cells, "; ".join(verdict) if primary else ""])
+    table(["arm", "seeds", "gold", "gold - PPO", "gap", "gap - PPO", "verdict"], rows)
+    print("\n`seeds`: of those with all runs, those that reach this KL, here and with PPO.\n")
+    print("At the same KL, means over the seeds, and with a parabola in the place of the line:\n")
+    groups = sorted(runs[0]["scores"])
+    columns = [f"{name} {group}" for name in ("score", "gold", "KL", "sd") for group in groups]
+    table(["arm", "score", "score - PPO", *columns, "gold - PPO, parabola", "gap - PPO, parabola"], [[
+        arm, f"{np.mean([points[arm, seed]['score'] for seed in paired[arm]]):.3f}",
+        difference(points, arm, base_of(arm), paired[arm], "score")[0],
+        *(f"{np.mean([points[arm, seed][column] for seed in paired[arm]]):.3f}" for column in columns),
+        *(difference(points, arm, base_of(arm), paired[arm], f"{key}, parabola")[0] for key in ("gold", "gap"))]
+        for arm in compared])
+    print("\n`invariance 0.6` minus other arms, at the same KL:\n")
+    table(["minus", "seeds", "gold", "gap"], [[
+        arm, str(len(both)), *(difference(points, "invariance 0.6", arm, both, key)[0] for key in ("gold", "gap"))]
+        for arm in compared if not arm.startswith("invariance 0.6") and "balanced" not in arm
+        and len(both := [seed for seed in paired[arm] if seed in paired.get("invariance 0.6", ())]) > 1])
+    for (arm, kl_coef, seed), end in ends.items():
+        theirs = of_seed(base_of(arm), seed)
+        theirs = theirs and at_kl(theirs, end["KL"])
+        if theirs and "--no-dynamic_kl" not in arms[arm][0]:
+            end |= {f"{key} - PPO at this KL": end[key] - theirs[key] for key in ("gold", "gap")}
+    columns = list(dict.fromkeys(column for end in ends.values() for column in end))
+    print("\nAt the end of training, mean ± 95 % interval over the seeds (labels and multipliers: means over its second half).")
+    print("`PPO at this KL`: of arms that steer their own KL, where PPO of every seed reaches it.\n")
+    rows = []
     for arm in arms:
         for kl_coef in arms[arm][3]:
-            rows = [ends[arm, kl_coef, seed] for seed in seeds if (arm, kl_coef, seed) in ends]
-            if rows:
-                values = [[row[column] for row in rows if row.get(column) is not None] for column in columns]
-                cells = ["{:.3f} ± {:.3f}".format(*interval(some)) + f" ({len(some)})" * (len(some) < len(seeds))
-                         if some else "" for some in values]
-                print(f"| {arm} | {kl_coef:g} | {' | '.join(cells)} |")
+            some = [ends[arm, kl_coef, seed] for seed in seeds if (arm, kl_coef, seed) in ends]
+            values = [[row[column] for row in some if column in row] for column in columns]
+            if some:
+                rows.append([arm, f"{kl_coef:g}", *("{:.3f} ± {:.3f}".format(*interval(numbers))
+                                                   if len(numbers) == len(some) else "" for numbers in values)])
+    table(["arm", "KL coefficient", *columns], rows)
     plot(out, bed, runs)
 
 
@@ -420,7 +479,8 @@ def win_rates(out, seeds):
                 table.setdefault((row["judge"], a, b), []).append(rate)
     against = ("references", "sft", "ppo without KL", "ppo")
     for judge in sorted({judge for judge, _, _ in table}):
-        print(f"\nWin rates by {judge}, mean ± 95 % interval over {len(seeds)} seeds:\n\n| | KL | {' | '.join(against)} |")
+        print(f"\nWin rates by {judge}, mean ± 95 % interval over {len(seeds)} seeds:\n")
+        print(f"| | KL | {' | '.join(against)} |")
         print("|-" * (len(against) + 2) + "|")
         for arm in ("sft", *OPENING_ARMS):
             columns = kls[arm], *(table.get((judge, arm, other), []) for other in against)
@@ -429,18 +489,18 @@ def win_rates(out, seeds):
 
 
 def plot(out, bed, runs):
-    """The gap over training and score against KL at the middle KL coefficient, then histograms of the final scores."""
+    """At the middle KL coefficient: the gap over training, score against KL, and histograms of the final scores."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     shown = [arm for arm in ("ppo without KL", "ppo", "invariance 0.6", "adaptive KL", "both") if arm in BEDS[bed][0]]
-    figure = pyplot.figure(figsize=(2.6 * len(shown), 6), layout="constrained")
+    figure = pyplot.figure(figsize=(max(2.6 * len(shown), 8), 6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     gap_axis, score_axis = above.subplots(1, 2)
     histograms = below.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-    below.suptitle("held-out scores at the end of training, by true group", fontsize=10)
+    below.suptitle("scores at the end of training, by true group", fontsize=10)
     for number, (arm, histogram) in enumerate(zip(shown, histograms)):
         kl_coefs = BEDS[bed][0][arm][3]
         some = [found for found in runs if found["arm"] == arm and found["kl_coef"] == kl_coefs[len(kl_coefs) // 2]]
@@ -452,15 +512,16 @@ def plot(out, bed, runs):
         if not some:
             continue
         gap, score, kl = np.mean(curves, axis=0)
-        gap_axis.plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}", label=arm)
-        score_axis.plot(kl, score, "o-", ms=3, color=f"C{number}", label=arm)
-        for group in sorted(some[0]["scores"]):
+        gap_axis.plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}",
+                      label=f"{arm}: KL coefficient {kl_coefs[len(kl_coefs) // 2]:g}, at the end {kl[-1]:.1f} nats")
+        score_axis.plot(kl, score, "o-", ms=3, color=f"C{number}")
+        for group, color in zip(sorted(some[0]["scores"]), ("black", "tab:pink", "tab:olive")):
             values = [score for found in some for score in found["scores"][group]]
             bins = np.arange(-0.5, LENGTH + 1) * 2 / LENGTH if bed == "token" else 24  # the proxy has seven values
-            histogram.hist(values, bins=bins, histtype="step", lw=1.5, density=True, label=group)
+            histogram.hist(values, bins=bins, histtype="step", lw=1.5, density=True, color=color, label=group)
         histogram.set_title(arm, fontsize=9)
     histograms[0].legend(fontsize=8)
-    gap_axis.set(title="gap between true groups, mean of seeds", xlabel="update")
+    gap_axis.set(title="gap between true groups, mean of seeds", xlabel="update", ylim=(0, None))
     score_axis.set(title="score, mean of seeds", xlabel="KL to the SFT model, nats")
     gap_axis.legend(fontsize=8)
     for axis in figure.axes:

@@ -41,12 +41,13 @@ EASY = torch.tensor([1.0, 0.0, 0.0, 1.0])
 SCORES = torch.tensor([1.0, 3.0, 3.0, -2.0])
 
 
-def within(name):
-    """Multipliers and KL coefficients of an update of four episodes under this control."""
+def within(name, exact=False):
+    """Multipliers and KL coefficients of an update of four episodes under this control, or costs of the exact one."""
     with bed.control(name, GROUPS, seed=1):
         gi.join(QUERIES, torch.zeros(4, 2, dtype=torch.long), torch.tensor([2, 2, 2, 2]))
         gi.normalize(SCORES, (4, 0.0, 1.0), 0.0)
-        return gi.advantage_multiplier(LABELS, SCORES, 0.5, "mass"), gi.adaptive_kl_coefs(LABELS, SCORES, 0.2)[0]
+        kl_coefs, gradient = gi.adaptive_kl_coefs(LABELS, SCORES, 0.2)[0], gi.label_gradient(LABELS, SCORES, "mass")
+        return (LABELS * gradient).sum(1) if exact else (gi.advantage_multiplier(LABELS, SCORES, 0.5, "mass"), kl_coefs)
 
 
 def test_controls_change_labels_or_multipliers_and_nothing_after_them():
@@ -68,12 +69,21 @@ def test_controls_change_labels_or_multipliers_and_nothing_after_them():
     score, score_kl = within("score")
     assert score == pytest.approx(gi.advantage_multiplier(torch.stack([1 - rank, rank], 1), SCORES, 0.5, "mass"))
     assert score_kl == pytest.approx(0.2 * rank)
+    ranks = torch.stack([1 - rank, rank], 1)
+    for name, labels in ((None, LABELS), ("shuffled", LABELS), ("oracle", truth), ("score", ranks)):
+        cost = (labels * gi.label_gradient(labels, SCORES, "mass")).sum(1)
+        assert within(name, exact=True) == pytest.approx(cost), name
 
 
 def test_a_point_at_equal_kl_lies_between_its_neighbours():
     points = [{"KL": kl, "gold": gold, "gap": gap} for kl, gold, gap in ((4.0, 0.5, 0.1), (1.0, 0.2, 0.4), (2, 0.4, 0))]
-    assert bed.at_kl(points, 1.25) == pytest.approx({"gold": 0.25, "gap": 0.3})
-    assert bed.at_kl(points, 3.0) == pytest.approx({"gold": 0.45, "gap": 0.05})
+    for kl, gold, gap in ((1.25, 0.25, 0.3), (3.5, 0.475, 0.075)):
+        found = bed.at_kl(points, kl)
+        assert [found[key] for key in ("KL", "gold", "gap")] == pytest.approx([kl, gold, gap])
+    x = 1.25  # through (1, .2), (2, .4), (4, .5), by Lagrange
+    gold = .2 * (x - 2) * (x - 4) / 3 + .4 * (x - 1) * (x - 4) / -2 + .5 * (x - 1) * (x - 2) / 6
+    assert bed.at_kl(points, x)["gold, parabola"] == pytest.approx(gold)
+    assert "gold, parabola" not in bed.at_kl(points[:2], 3.0)
     assert bed.at_kl(points, 0.9) is None and bed.at_kl(points, 4.1) is None
 
 
@@ -117,4 +127,6 @@ def test_a_bed_runs_and_reports(tmp_path, monkeypatch, capsys):
     assert mine["gap"] == pytest.approx(abs(end["E"][1] - end["H"][1]), rel=1e-3)
     assert mine["gold"] == pytest.approx(0.8 * end["E"][2] + 0.2 * end["H"][2], rel=1e-3)
     assert mine["KL"] == pytest.approx(0.8 * end["E"][3] + 0.2 * end["H"][3], rel=1e-3)
+    assert mine["sd E"] == pytest.approx(torch.tensor(found["scores"]["E"]).std(correction=0).item(), rel=1e-3)
+    assert not any(name.startswith("AUC") for row in rows for name in row)  # neither arm trains the head
     assert (tmp_path / "token.png").stat().st_size > 10_000
