@@ -27,8 +27,8 @@ below are others. Fixed beforehand, at the end of training:
   equivalence is claimed only where the whole interval lies within plus and minus MARGINS.
   secondary   the same for every other arm, and, because adaptive KL steers its own KL, each run minus PPO
               interpolated at the KL of that very run. These are many: one in twenty misses 0 by chance.
-Added when the first seeds had been seen: the arms "exact, score" and "exact, oracle", and all that the report prints of
-single groups, of parabolas and of "invariance 0.6" minus other arms than PPO.
+Added when the first seeds had been seen: the arms "exact, score", "exact, oracle" and "exact, prompt labels", and all
+that the report prints of single groups, of parabolas and of "invariance 0.6" minus other arms than PPO.
 The figures for other shares of easy prompts follow from the same group means: that would be reweighting, no evidence of
 generalisation, and is not reported. No outcome is required.
 
@@ -215,6 +215,7 @@ TOKEN_ARMS = {
     "oracle adaptive KL": (["--beta_policy=0", "--beta_critic=0"], "oracle", "imbalanced", TOKEN_KLS_ADAPTIVE),
     "prompt labels": (invariance(BETA, "--group_level=prompt"), None, "imbalanced", TOKEN_KLS),
     "exact": (invariance(BETA, *EXACT), None, "imbalanced", TOKEN_KLS),
+    "exact, prompt labels": (invariance(BETA, *EXACT, "--group_level=prompt"), None, "imbalanced", TOKEN_KLS),
     "exact, score": (invariance(BETA, *EXACT, "--beta_critic=0"), "score", "imbalanced", TOKEN_KLS),
     "exact, oracle": (invariance(BETA, *EXACT, "--beta_critic=0"), "oracle", "imbalanced", TOKEN_KLS),
     "uniform": (invariance(BETA, "--group_variance=uniform"), None, "imbalanced", TOKEN_KLS),
