@@ -496,7 +496,8 @@ def plot(out, bed, runs):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [arm for arm in ("ppo without KL", "ppo", "invariance 0.6", "adaptive KL", "both") if arm in BEDS[bed][0]]
+    shown = [arm for arm in ("ppo without KL", "ppo", "invariance 0.6", "exact, prompt labels", "adaptive KL", "both")
+             if arm in BEDS[bed][0]]
     figure = pyplot.figure(figsize=(max(2.6 * len(shown), 8), 6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.3, 1))
     gap_axis, score_axis = above.subplots(1, 2)
@@ -513,9 +514,9 @@ def plot(out, bed, runs):
         if not some:
             continue
         gap, score, kl = np.mean(curves, axis=0)
-        gap_axis.plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}",
-                      label=f"{arm}: KL coefficient {kl_coefs[len(kl_coefs) // 2]:g}, at the end {kl[-1]:.1f} nats")
-        score_axis.plot(kl, score, "o-", ms=3, color=f"C{number}")
+        gap_axis.plot([int(step) for step in steps], gap, "o-", ms=3, color=f"C{number}")
+        score_axis.plot(kl, score, "o-", ms=3, color=f"C{number}",
+                        label=f"{arm}: KL coefficient {kl_coefs[len(kl_coefs) // 2]:g}, at the end {kl[-1]:.1f} nats")
         for group, color in zip(sorted(some[0]["scores"]), ("black", "tab:pink", "tab:olive")):
             values = [score for found in some for score in found["scores"][group]]
             bins = np.arange(-0.5, LENGTH + 1) * 2 / LENGTH if bed == "token" else 24  # the proxy has seven values
@@ -524,7 +525,7 @@ def plot(out, bed, runs):
     histograms[0].legend(fontsize=8)
     gap_axis.set(title="gap between true groups, mean of seeds", xlabel="update", ylim=(0, None))
     score_axis.set(title="score, mean of seeds", xlabel="KL to the SFT model, nats")
-    gap_axis.legend(fontsize=8)
+    score_axis.legend(fontsize=7, loc="lower right")
     for axis in figure.axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
