@@ -337,7 +337,10 @@ def figures(bed, found):
         "mean KL coefficient": np.mean([row["objective/kl_coef"] for row in late]),
         **({} if "--beta_critic=0" in flags else {  # there the head is random
             "AUC, either way": np.maximum(auc, 1 - auc).mean(), "AUC below 1/2": (auc < 0.5).mean(),
-            "best group's share": np.mean([row["group_0/share"] for row in late])}),
+            "crosses 1/2": np.abs(np.diff(auc < 0.5)).mean(),
+            "best group's share": np.mean([row["group_0/share"] for row in late]),
+            "its score less the other's": np.mean([row["group_0/score"] - row["group_1/score"] for row in late]),
+            "its return is the lower": np.mean([row["groups/gap"] < 0 for row in late])}),
         **({} if EXACT[0] in flags else {  # there it has no multipliers
             "kappa from": np.mean([row["groups/kappa_min"] for row in late]),
             "to": np.mean([row["groups/kappa_max"] for row in late])})}
