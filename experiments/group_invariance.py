@@ -522,7 +522,7 @@ def plot(out, bed, runs):
                         label=f"{arm}: KL coefficient {kl_coefs[len(kl_coefs) // 2]:g}, at the end {kl[-1]:.1f} nats")
         for group, color in zip(sorted(some[0]["scores"]), ("black", "tab:pink", "tab:olive")):
             values = [score for found in some for score in found["scores"][group]]
-            bins = np.arange(-0.5, LENGTH + 1) * 2 / LENGTH if bed == "token" else 24  # the proxy has seven values
+            bins = np.arange(-0.5, LENGTH + 1) * 2 / LENGTH if bed == "token" else np.arange(-8, 10, 0.5)  # seven values
             histogram.hist(values, bins=bins, histtype="step", lw=1.5, density=True, color=color, label=group)
         histogram.set_title(arm, fontsize=9)
     histograms[0].legend(fontsize=8)
