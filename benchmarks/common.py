@@ -52,16 +52,18 @@ def make_model(folder, shape, tokenizer, eos_probability=None, temperature=1.0, 
     settings = dict(SHAPES[shape], eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = AutoConfig.for_model(settings.pop("model_type"), num_labels=1, **settings)
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    model = kind.from_config(config)
+    gpu = torch.cuda.is_available()
+    with torch.device("cuda" if gpu else "cpu"):  # a CPU would take many seconds to draw 1B weights
+        model = kind.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
     if eos_probability is not None:
         norm, head = model.base_model.final_layer_norm, model.get_output_embeddings().weight.data
         norm.weight.data[0], norm.bias.data[0] = 0.0, 1.0  # hidden dimension 0 is 1 at every position
-        sampled = torch.zeros(len(head), dtype=torch.bool)
+        sampled = torch.zeros(len(head), dtype=torch.bool, device=head.device)
         sampled[list(tokenizer.get_vocab().values())] = True
         sampled[[tokenizer.pad_token_id, tokenizer.eos_token_id]] = False
         head[:, 0] = torch.where(sampled, 0.0, -1e4)
         if eos_probability > 0:
-            spread = head[sampled, 1:].square().sum(1).mean() / temperature**2  # the other logits' variance
+            spread = head[sampled, 1:].float().square().sum(1).mean() / temperature**2  # the other logits' variance
             others = sampled.sum() * torch.exp(spread / 2)
             head[tokenizer.eos_token_id] = 0.0
             head[tokenizer.eos_token_id, 0] = temperature * torch.log(
@@ -93,13 +95,18 @@ def write_rows(path, rows):
 # ---- Processes --------------------------------------------------------------------------------------------
 
 
-def child(module, python, side, folder, threads=1, **settings):
-    """One run of one side in a process of its own; what it returns comes back through a file."""
+def child(module, python, side, folder, threads=1, packages=None, **settings):
+    """One run of one side in a process of its own; what it returns comes back through a file.
+
+    packages: a folder of packages that go before those of the environment.
+    """
     command = [python, "-m", f"benchmarks.{module}", "--side", side, "--folder", str(folder),
                "--settings", json.dumps(settings)]
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # it is no rank of ours
     environment = {name: value for name, value in os.environ.items() if name not in alone}
     environment["OMP_NUM_THREADS"] = str(threads)
+    if packages:
+        environment["PYTHONPATH"] = os.pathsep.join([str(packages), environment.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
@@ -212,13 +219,14 @@ class Products(TorchDispatchMode):
 
 # ---- Seconds per optimizer step ---------------------------------------------------------------------------
 
-# Workloads of sft_speed.py and reward_model_speed.py. prompt, response: tokens (low, high), uniform.
+# Workloads of sft_speed.py, reward_model_speed.py and dpo_speed.py. prompt, response: tokens (low, high), uniform.
 CPU = dict(shape="7m", batch_size=32, micro_batch_size=8, batches=5)
 GPU = dict(prompt=(128, 512), response=(16, 128), batch_size=64, micro_batch_size=16, batches=8)
 STEP_WORKLOADS = {
     "tiny": CPU | dict(prompt=(8, 16), response=(4, 8), batch_size=8, micro_batch_size=4, batches=4),
     "flat": CPU | dict(prompt=(72, 72), response=(52, 52)),
     "mixed": CPU | dict(prompt=(16, 128), response=(8, 96)),
+    "long_responses": CPU | dict(prompt=(16, 32), response=(240, 480)),
     "pythia-1b": GPU | dict(shape="pythia-1b"),
     "qwen2.5-0.5b": GPU | dict(shape="qwen2.5-0.5b")}
 NOT_COUNTED = 2  # optimizer steps that warm up
@@ -300,7 +308,7 @@ def time_trl(trainer_class, config_class, model, tokenizer, data, folder, worklo
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 
-def compare_steps(module, script, doc, make_workload, run_side, more=()):
+def compare_steps(module, script, doc, make_workload, run_side, more=(), trl_sides=tuple(TRL_SIDES)):
     """Command line of a benchmark of seconds per optimizer step: our script, and `more` sides, beside TRL's trainer."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=STEP_WORKLOADS, default="mixed")
@@ -314,7 +322,7 @@ def compare_steps(module, script, doc, make_workload, run_side, more=()):
         result = run_side(args.side, Path(args.folder), **json.loads(args.settings))
         Path(args.folder, "result.json").write_text(json.dumps(result))
         return
-    workload, sides = STEP_WORKLOADS[args.workload], args.sides or [script, *more, *TRL_SIDES]
+    workload, sides = STEP_WORKLOADS[args.workload], args.sides or [script, *more, *trl_sides]
     runs, floors = {side: [] for side in sides}, []
     with tempfile.TemporaryDirectory() as folder:
         make_workload(Path(folder), workload)

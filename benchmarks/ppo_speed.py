@@ -104,7 +104,7 @@ def run_ours(folder, flags, workload, updates, products=False):
     ppo.main(args)
     ends = np.array(stamps[1:-1]).reshape(updates, 4)  # rollout, scoring, training, update
     return parts(ends) | {
-        "memory": memory.peak(), "length": mean_length(folder), "flops": recorder.flops() / updates,
+        "memory": memory.peak(), "loaded": memory.level, "length": mean_length(folder), "flops": recorder.flops() / updates,
         "products": recorder.seconds(torch.bfloat16 if args.bf16 else torch.float32) / updates if products else None,
         "attention": recorder.attention_seconds / updates}
 
@@ -171,7 +171,7 @@ def run_trl(folder, workload, updates):
         tokenizer, policy, reference, reward_model, data, critic, eval_dataset=data, callbacks=[Clock()])
     memory = Memory()
     trainer.train()
-    return parts(np.array(stamps).reshape(updates, 4)) | {"memory": memory.peak()}
+    return parts(np.array(stamps).reshape(updates, 4)) | {"memory": memory.peak(), "loaded": memory.level}
 
 
 def run_rollouts(folder, workload, repeats):

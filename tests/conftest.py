@@ -19,6 +19,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceCl
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on the GPU where there is one (python -m pytest -m gpu tests)")
+
+
 @pytest.fixture(autouse=True)
 def repository_folder(monkeypatch):
     """Default paths of the scripts (assets/...) are relative to the repository."""
