@@ -49,12 +49,12 @@ def facts(run):
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     run.record(
-        device=torch.cuda.get_device_name() if gpu else "cpu", python=platform.python_version(), torch=torch.__version__,
-        cuda=torch.version.cuda, transformers=transformers.__version__, deepspeed=deepspeed.__version__,
-        cores=os.cpu_count(), memory_gib=torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else None,
-        commit=commit())
+        device=torch.cuda.get_device_name() if gpu else "cpu", cores=os.cpu_count(), python=platform.python_version(),
+        torch=torch.__version__, cuda=torch.version.cuda, transformers=transformers.__version__,
+        deepspeed=deepspeed.__version__, commit=commit(), tiny=run.tiny)
     figures = {"copy_gb_per_second": memory_bandwidth(device) / 1e9}
-    for name, dtype, size in (("bf16", torch.bfloat16, 8192 if gpu else 512), ("fp32", torch.float32, 4096 if gpu else 512)):
+    for name, dtype, size in (("bf16", torch.bfloat16, 8192), ("fp32", torch.float32, 4096)):
+        size = size if gpu else 512
         a, b = torch.randn(2, size, size, dtype=dtype, device=device)
         seconds = []
         for _ in range(12):
@@ -74,7 +74,8 @@ def tests(run):
 
 
 # Flags of a short run of ppo.py on the embedded models, and what is tried with it.
-SHORT = ["--batch_size=32", "--micro_batch_size=16", "--num_eval_prompts=32", "--eval_every=1000", "--gold_function=None"]
+SHORT = ["--batch_size=32", "--micro_batch_size=16", "--num_eval_prompts=32", "--eval_every=1000",
+         "--gold_function=None"]
 VARIANTS = {
     "ZeRO 0": [], "--offload_frozen": ["--offload_frozen"], "--gradient_checkpointing": ["--gradient_checkpointing"],
     "ZeRO 2": ["--zero_stage=2"], "ZeRO 2, --offload_optimizer": ["--zero_stage=2", "--offload_optimizer"],
@@ -130,7 +131,7 @@ def metrics_of(folder):
 
 
 def sampled(run):
-    """Log-probabilities of the same tokens: as they were sampled, one at a time with a cache, and as they are scored."""
+    """Log-probabilities of the same tokens, as they were sampled (one at a time, with a cache) and as they are scored."""
     import torch
 
     import ppo
@@ -153,8 +154,9 @@ def sampled(run):
         ppo.inverse_cdf = noted
         try:
             queries, query_mask = ppo.pad([ids for ids, _ in prompts], tokenizer.pad_token_id, "left", device)
-            responses = ppo.generate(model, queries, query_mask, noise.to(device), args.temperature, 1.0, 1.0, forbidden,
-                                     eos_ids, tokenizer.pad_token_id)
+            responses = ppo.generate(
+                model, queries, query_mask, noise.to(device), args.temperature, 1.0, 1.0, forbidden, eos_ids,
+                tokenizer.pad_token_id)
         finally:
             ppo.inverse_cdf = draw
         responses, lengths, _ = ppo.truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
@@ -206,14 +208,14 @@ def resume(run):
                passed=resumed.returncode == 0 and len(first) == len(second) == 4)
 
 
-DEFAULT_RUNS = {"ppo": "held-out score, gold, KL", "group_invariant_ppo": "the same", "dpo": "gold"}
+DEFAULT_RUNS = ("ppo", "group_invariant_ppo", "dpo")
 
 
 def default_run(run, script, dtype):
     """The bare command of a script on the embedded task."""
     out, start = run.folder / f"{script}_{dtype}", time.time()
-    smaller = ["--num_eval_prompts=32"] + (
-        ["--epochs=1", "--batch_size=512"] if script == "dpo" else ["--total_episodes=128"])
+    smaller = ["--num_eval_prompts=32", *(
+        ["--train_data=assets/data/preferences_validation.jsonl"] if script == "dpo" else ["--total_episodes=128"])]
     command = [sys.executable, f"{script}.py", f"--output_dir={out}", "--seed=1", *(smaller if run.tiny else []),
                *(["--bf16"] if dtype == "bf16" else [])]
     if script == "dpo":
@@ -311,8 +313,8 @@ def decode(run, rows):
                              for name, value in result.items()})
 
 
-TRAINERS = {"dpo": [["dpo.py"], ["TRL"]], "reward_model": [["reward_model.py"], ["TRL"], ["reward_model.py --share_prefix"]],
-            "sft": [["sft.py"], ["TRL"]]}
+TRAINERS = {"dpo": ["dpo.py", "TRL"], "reward_model": ["reward_model.py", "TRL", "reward_model.py --share_prefix"],
+            "sft": ["sft.py", "TRL"]}
 
 
 def trainer(run, name, workload=None, sides=None):
@@ -323,7 +325,7 @@ def trainer(run, name, workload=None, sides=None):
     workload = workload or STEP_WORKLOADS["tiny" if run.tiny else "pythia-1b"] | dict(batches=NOT_COUNTED + 2)
     label = f"prompt {workload['prompt']}, response {workload['response']}"
     folder = made_once(run.folder / f"{name}_{workload['prompt'][1]}", module.make_workload, workload)
-    for side in sides or [side for (side,) in TRAINERS[name]]:
+    for side in sides or TRAINERS[name]:
         try:
             result = child(f"{name}_speed", sys.executable, side, folder, workload=workload,
                            packages=run.packages("trl_1.16") if side == "TRL" else None)
@@ -446,9 +448,10 @@ def prepare(work):
 
 
 def start(step, args, work, environment, log):
-    command = [sys.executable, "-m", "benchmarks.gpu_day", "--step", step.name, "--out", str(args.out), "--work", str(work)]
-    process = subprocess.Popen(command + ["--tiny"] * args.tiny, cwd=ROOT, env=environment, stdout=log, stderr=log,
-                               start_new_session=True)
+    command = [sys.executable, "-m", "benchmarks.gpu_day", "--step", step.name, "--out", str(args.out),
+               "--work", str(work), *["--tiny"] * args.tiny]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
     return process, time.monotonic()
 
 
@@ -537,16 +540,18 @@ def tables(results, reference=()):
     text = ""
     if "device" in known:
         text += (f"{known['device']}, {known['cores']} CPU cores; Python {known['python']}, torch {known['torch']}, "
-                 f"transformers {known['transformers']}, DeepSpeed {known['deepspeed']}; commit {known['commit']}.\n\n")
+                 f"transformers {known['transformers']}, DeepSpeed {known['deepspeed']}; commit {known['commit']}"
+                 + ("; the tiny form, which only tries the program" if known["tiny"] else "") + ".\n\n")
     if "bf16_tflops" in known:
         text += table(["ceiling", "measured"], [
             ["matrix product in bf16, TFLOP/s", known["bf16_tflops"]], ["in fp32", known["fp32_tflops"]],
             ["copy, GB/s read and written", known["copy_gb_per_second"]]])
     checks = [row for row in of("right") if "passed" in row]
     if checks:
+        details = [row.get("last_line") or "; ".join(
+            f"update {i} differs by {x:.1e}" for i, x in enumerate(row.get("differences", []), 1)) for row in checks]
         text += table(["check", "passed", "detail"], [
-            [row["step"].split("/")[1], "yes" if row["passed"] else "NO", row.get("last_line") or "; ".join(
-                f"update {i} differs by {x:.1e}" for i, x in enumerate(row.get("differences", []), 1))] for row in checks])
+            [row["step"].split("/")[1], "yes" if row["passed"] else "NO", detail] for row, detail in zip(checks, details)])
     variants = [row for row in of("right") if "variant" in row]
     if variants:
         base = {row["dtype"]: row for row in variants if row["variant"] == "ZeRO 0" and "error" not in row}
@@ -563,9 +568,10 @@ def tables(results, reference=()):
     defaults = [(row, "this machine") for row in of("right") if "script" in row] + [
         (row, "CPU") for row in reference if "script" in row]
     if defaults:
-        names = ("eval/score", "eval/gold", "eval/kl")
-        text += "The bare command of each script, seed 1, held-out prompts at the end:\n\n" + table(
-            ["", "on", "dtype", *(name.split("/")[1] for name in names), "seconds"],
+        names = {"eval/score": "score", "eval/gold": "gold", "eval/kl": "KL",
+                 "eval/preferences_persuasion/rewards/accuracies": "accuracy"}
+        text += "The bare command of each script, seed 1, held-out figures at the end:\n\n" + table(
+            ["", "on", "dtype", *names.values(), "seconds"],
             [[f"{row['script']}.py", where, row["dtype"], *(row.get("after", {}).get(name) for name in names),
               row.get("seconds", row.get("error"))] for row, where in sorted(
                  defaults, key=lambda item: (item[0]["script"], item[0]["dtype"], item[1]))])
@@ -581,8 +587,9 @@ def tables(results, reference=()):
                 continue
             tokens = row["batch"] * row["response_tokens"] / row["rollout"] if "response_tokens" in row else None
             share = row["flops"] / row["training"] / 1e12 / ceiling if "flops" in row and ceiling else None
+            plan_of_ours = planned.get(row["workload"]) if row["side"] == "ppo.py" else None
             rows.append([row["workload"], row["side"], row["rollout"], row["scoring"], row["training"], row["update"],
-                         tokens, share, row["memory_gib"], row["peak_gib"], planned.get(row["workload"]) if row["side"] == "ppo.py" else None])
+                         tokens, share, row["memory_gib"], row["peak_gib"], plan_of_ours])
         text += "One update of 64 episodes and 4 epochs, in bf16, prompt tokens - response tokens:\n\n" + table(
             ["workload", "", "rollout, s", "scoring, s", "training, s", "update, s", "sampled tokens/s",
              "training's share of the bf16 ceiling", "memory above loading, GiB", "peak of all, GiB", "planned"], rows)
