@@ -1,33 +1,50 @@
 """Group invariant PPO: ppo.py, which also infers groups of episodes and evens out their returns.
 
-Paper: "Improving Generalization of Alignment with Human Preferences through Group Invariant Learning" (Zheng et al.
-2023, arXiv 2310.11971). No code of it is public, and much here is reconstructed: docs/group_invariant.md says what.
-  stage 1: a group head on the critic learns labels p(g|x, y) that maximise the variance of the groups' returns
-  stage 2: the policy minimises that variance too: advantages count less in groups with more than the mean return
-  KL: an episode's penalty is weighted with its probability of the best group
-`[detail N]` are the N+ paper's, `[G N]` this one's, `[E N]` our own choices; docs/details.md has each with its reason.
-`Paper:` in the flags is this paper's value, or N+'s where this one's is not known (seeds, AdamW, episodes, lengths).
+    for each update:
+        responses  = the policy answers each prompt of a batch, until EOS or response_length tokens
+        scores     = the reward model reads each prompt with its response; -1 where EOS is missing
+        kl         = log policy(token) - log reference(token), of every token of the responses
+        scores     = scores, normalised by their running moments
+        labels     = p(group | prompt, response) of a head on the critic
+        kl_coef    = kl_coef * p(best group)
+        rewards    = -kl_coef * kl at every token, and the score at the end
+        advantages = GAE(rewards, values of the critic)
+        advantages = kappa * advantages, kappa < 1 in the better groups
+        repeat num_ppo_epochs times over these responses:
+            the policy steps down its clipped surrogate loss, the critic its clipped squared error
+            the first time, group head and critic also step up the variance of the groups' returns
 
-Differs from the N+ paper's code, and so in the numbers:
+Run:     python group_invariant_ppo.py                   the embedded task, CPU, minutes
+         deepspeed group_invariant_ppo.py --lr 5e-7      every GPU of this machine
+Reads:   --sft_model; --reward_model or --reward_function; --prompts with a column {prompt}
+Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metrics.jsonl, samples.jsonl,
+         group_head.safetensors,
+         summary.json, TensorBoard, checkpoints
+Result:  README.md (embedded and other small tasks); not yet measured at the paper's scale
+
+Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 7.
+`[detail N]` are its numbers, `[E N]` our own choices; docs/details.md has every one with its reason.
+
+Differs from the paper's code, and so in the numbers:
   1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
   2. policy and critic have an optimizer each                                                 [E9]
   3. sampling stops at EOS, which changes nothing that counts                                 [E10]
   4. a token's noise is addressed by (seed, update, episode, position), not drawn in turn     [E11]
 
-Run:     python group_invariant_ppo.py                   the embedded task, CPU, minutes
-         deepspeed group_invariant_ppo.py --lr 5e-7      every GPU of this machine
-Reads:   --sft_model; --reward_model or --reward_function; --prompts with a column {prompt}, perhaps {group} to compare
-Writes:  --output_dir: the policy as a Hugging Face folder, critic/, group_head.safetensors, best/, metrics.jsonl,
-         samples.jsonl, summary.json, TensorBoard, checkpoints
-Result:  docs/group_invariant.md (CPU-sized tasks); not yet measured at the paper's scale
+The groups: "Improving Generalization of Alignment with Human Preferences through Group Invariant Learning"
+(Zheng et al. 2023, arXiv 2310.11971): `[G N]`. Its code is not public, and much is reconstructed, see
+docs/group_invariant.md. In flags that ppo.py has, `Paper:` is N+'s value; this one's are temperature 0.8, top_p
+0.9, repetition_penalty 1.1, response_length 512, batch_size 64, 1 epoch, lr 5e-7, critic_lr 9e-6, vf_coef 1.
 
-Shapes:  B episodes of this rank, Tr response tokens (right-padded), Tq query tokens (left-padded, while sampling),
-         T tokens of the longest query and response in a micro-batch of b rows (left-padded), V vocabulary, M groups.
+Shapes:  B episodes of this rank, b rows of a micro-batch, V vocabulary
+         Tr response tokens (right-padded), Tq query tokens (left-padded, while sampling),
+         T tokens of the longest query and response in a micro-batch (left-padded)
          Response token t was sampled in the state before it, whose value is V_t.
 """
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -35,16 +52,16 @@ import torch
 import tyro
 from transformers import DynamicCache
 
-from utils.data import auc_of_groups, load_grouped_prompts
-from utils.data import call_judge, chunks, load_function, load_prompts, pad, permutation
-from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, fail_together
-from utils.launch import finish, gather_rows, init_distributed, note_small_lr, on_device, optimizer_step, print0
-from utils.launch import print_memory_plan, rank, rollout_weights, world_size
-from utils.models import check_length, count_parameters, decode_responses, eos_token_ids, load_causal_lm
-from utils.models import load_classifier, load_tokenizer, save_model
+from utils.data import call_judge, chunks, deal_by_length, load_function, load_grouped_prompts, load_prompts
+from utils.data import pad, permutation, running_moments
+from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, finish
+from utils.launch import gather_rows, init_distributed, on_device, optimizer_step, print0, rank, rollout_weights
+from utils.launch import world_size
+from utils.models import check_length, decode_responses, eos_token_ids, forbidden_tokens, load_causal_lm
+from utils.models import load_classifier, load_tokenizer, other_tokenizer, print_plan, retokenize, save_model
 from utils.models import save_weights
-from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card, open_folder
-from utils.run import save_checkpoint, stop_if_not_finite
+from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
+from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 
 
 @dataclass
@@ -63,45 +80,45 @@ class Args:
     gold_function: str | None = "assets.vader:positive"
     """module:name of such a function that only watches. The default judges the embedded task; None: no judge"""
     prompts: str = "assets/data/train.jsonl"
-    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: those of Anthropic/hh-rlhf"""
+    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: the SFT train split"""
     eval_prompts: str = "assets/data/validation.jsonl"
     """held-out prompts"""
     max_prompt_length: int = 32
     """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). Paper: 512"""
 
     # rollouts
-    episodes_per_prompt: int = 1
-    """episodes of a prompt in a row [G1]. Paper: 8"""
     response_length: int = 24
-    """tokens to sample at most. Paper: 512"""
+    """tokens to sample at most. Paper: 53"""
     temperature: float = 0.7
-    """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.8"""
+    """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.7"""
     top_p: float = 1.0
-    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. Paper: 0.9"""
+    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. Paper: 1.0"""
     repetition_penalty: float = 1.0
-    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. Paper: 1.1"""
+    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. Paper: 1.0"""
     missing_eos_score: float | None = -1.0
     """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
     """sequences decoded together per rank; changes memory and speed only. Paper: 64"""
     offload_frozen: bool = False
     """keep reference and reward model in CPU memory while they are not used. Paper: True for 6.9B (detail 48)"""
+    episodes_per_prompt: int = 1
+    """episodes of a prompt in a row [G1]. Paper: 8"""
 
-    # PPO [detail 20]
+    # PPO. [detail 20] The paper's settings are Stiennon et al.'s (2020), but for the learning rate
     total_episodes: int = 3200
     """episodes to roll out in all. Paper: 1,000,000"""
     batch_size: int = 64
-    """episodes per update, over all ranks. Paper: 64"""
+    """episodes per update, over all ranks. Paper: 512"""
     num_ppo_epochs: int = 4
-    """passes over the episodes of an update. Paper: 1"""
+    """passes over the episodes of an update. Paper: 4"""
     num_minibatches: int = 1
     """optimizer steps per pass. Paper: 1"""
     micro_batch_size: int = 32
     """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B) to 1 (6.9B)"""
     lr: float = 5e-4
-    """learning rate of the policy, falling linearly to 0. Paper: 5e-7"""
+    """learning rate of the policy, falling linearly to 0. Paper: 3e-6"""
     critic_lr: float = 5e-4
-    """learning rate of the critic, falling linearly to 0. Paper: 9e-6"""
+    """learning rate of the critic, falling linearly to 0. Paper: 3e-6"""
     weight_decay: float = 0.01
     """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
@@ -109,7 +126,7 @@ class Args:
     max_grad_norm: float = 0.0
     """clip each model's global gradient norm here; 0 = off. Paper: off (detail 44)"""
     kl_coef: float = 0.2
-    """price of a nat of KL from the reference, in normalised scores. Paper: 0.05"""
+    """price of a nat of KL from the reference, in reward. Paper: 0.05"""
     gamma: float = 1.0
     """discount. Paper: 1.0"""
     lam: float = 0.95
@@ -119,7 +136,7 @@ class Args:
     cliprange_value: float = 0.2
     """clip range of the value around the rollout's. Paper: 0.2"""
     vf_coef: float = 1.0
-    """weight of the value loss. Paper: 1.0"""
+    """weight of the value loss. Paper: 0.1"""
     whiten_rewards: bool = False
     """whiten rewards too, keeping their mean (detail 24). Paper: False"""
     score_clip: float = 5.0
@@ -142,8 +159,6 @@ class Args:
     """gradient of the variance with advantages, labels taken as fixed, or with scores, exact. Paper: not known"""
     group_head_lr: float = 5e-4
     """learning rate of the group head, falling linearly to 0. Paper: not known"""
-    detach_group_trunk: bool = False
-    """train the group head alone on the variance, not the critic under it. Paper: False"""
 
     # evaluation
     eval_every: int = 10
@@ -155,7 +170,7 @@ class Args:
     seed: int = 1
     """decides the order of the prompts and all sampling noise. Paper: 44413, 55513, 66613, 77713"""
     output_dir: str | None = None
-    """where to write; default runs/group_invariant_ppo, or runs/group_invariant_ppo-2, ... if that exists"""
+    """where to write; default: a new folder runs/ppo, runs/ppo-2, ..."""
     resume: bool = False
     """continue the run in output_dir from its last checkpoint, exactly"""
     overwrite: bool = False
@@ -185,18 +200,19 @@ class Args:
 # ---- Data -------------------------------------------------------------------------------------------------
 
 
-def prompts_of_episodes(episodes, num_prompts, seed):
-    """Index of the prompt of each n-th episode ever: all prompts, in a new order on every pass [detail 21]."""
-    orders = {epoch: permutation(num_prompts, seed, epoch) for epoch in {n // num_prompts for n in episodes}}
-    return [orders[n // num_prompts][n % num_prompts] for n in episodes]
+def prompts_of_episodes(numbers, num_prompts, seed):
+    """Index of the prompt of the n-th episode ever, for each n. [detail 21] Each pass has a new order."""
+    orders = {epoch: permutation(num_prompts, seed, epoch) for epoch in {n // num_prompts for n in numbers}}
+    return [orders[n // num_prompts][n % num_prompts] for n in numbers]
 
 
-def sampling_noise(seed, update, episodes, length):
-    """Uniforms u[i, t] in [0, 1) that depend on (seed, update, episode, t) alone [E11]: (B, length) float64.
+def sampling_noise(seed, update, numbers, length):
+    """Uniforms u[i, t] in [0, 1) for the episodes of these numbers: (B, length) float64.
 
-    So samples do not depend on ranks (theirs: a seed for each [detail 46]), the batch, or rows that have ended.
+    [E11] They depend on (seed, update, episode, t) alone, and so do the samples, whatever the batch and the rows
+    that have ended. [detail 46] Nor do they depend on the rank (theirs: a seed for each).
     """
-    return torch.tensor(np.stack([np.random.default_rng((seed, update, n)).random(length) for n in episodes]))
+    return torch.tensor(np.stack([np.random.default_rng((seed, update, n)).random(length) for n in numbers]))
 
 
 # ---- Model ------------------------------------------------------------------------------------------------
@@ -223,9 +239,9 @@ class ScalarModel(torch.nn.Module):
 
 
 class GroupCritic(ScalarModel):
-    """Values (B, T) in units of normalised scores [G3], and each row's state `back` (B,) before its last [G4]."""
+    """Values (B, T) in units of normalised scores, and states (B, d) that are `back` (B,) before the last."""
 
-    mean, sd = 0.0, 1.0  # of the first rollout's scores
+    units = 0.0, 1.0  # [G3] mean and sd of the first rollout's scores
 
     def forward(self, ids, mask, back):
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # as above
@@ -233,80 +249,65 @@ class GroupCritic(ScalarModel):
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
             use_cache=False).last_hidden_state
         values = self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
-        return (values - self.mean) / (self.sd or 1.0), hidden[torch.arange(len(ids), device=ids.device), -1 - back]
+        mean, sd = self.units
+        return (values - mean) / (sd or 1.0), hidden[torch.arange(len(ids), device=ids.device), -1 - back]
 
 
 class GroupHead(torch.nn.Module):
-    """Soft labels p(g | state): states (b, d) of the critic -> (b, M) fp32, rows sum to 1 [G4]."""
+    """Labels p(g | state): states (b, d) of the critic -> (b, M) fp32, rows sum to 1."""
 
     def __init__(self, hidden_size, num_groups, seed):
-        super().__init__()  # never zeros: equal labels are a saddle of the variance. No draw from the global generator
-        weight = torch.randn(num_groups, hidden_size, generator=torch.Generator().manual_seed(seed)) / hidden_size**0.5
-        self.weight, self.bias = torch.nn.Parameter(0.2 * weight), torch.nn.Parameter(torch.zeros(num_groups))
+        super().__init__()
+        weight = torch.randn(num_groups, hidden_size, generator=torch.Generator().manual_seed(seed))
+        # [G4] not zeros, as equal labels are a saddle of the variance
+        self.weight = torch.nn.Parameter(0.2 * (weight / hidden_size**0.5))
+        self.bias = torch.nn.Parameter(torch.zeros(num_groups))
 
     def forward(self, states):
         return torch.nn.functional.linear(states, self.weight, self.bias).float().softmax(-1)
 
 
-def response_logits(model, ids, mask, response_width, temperature, forbidden):
-    """Logits (B, response_width, V) in fp32 that the response, the last columns of ids (B, T), was drawn from.
-
-    Token t is predicted one position before it, hence the window shifted by one [detail 28]. Logits are divided
-    by the sampling temperature [detail 27]; tokens that are never sampled get no probability [E12].
-    """
-    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] the same for any padding side
-    ids = torch.where(mask, ids, 0)  # [detail 3] PAD is never embedded
-    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
-                   logits_to_keep=response_width + 1).logits[:, :-1]  # response positions only
-    return scale_logits(logits, temperature, forbidden)
-
-
-def state_values(values, response_width, shift, response_length):
-    """Of values (B, T), those of the states before each token of the response, the last columns [detail 28].
-
-    One more, that of the state after its last token, follows where a response has room for it [detail 31]: left-
-    aligned, (B, min(response_width + 1, response_length)).
-    """
-    return left_aligned(values[:, -response_width - 1 :], shift)[:, :response_length]
-
-
-def scale_logits(logits, temperature, forbidden):
-    """Logits of the sampling distribution, before top-p and repetition penalty, in fp32. forbidden: (V,) bool."""
-    logits = logits.float() / (temperature + 1e-7)  # [detail 26]
-    return logits.masked_fill_(forbidden, torch.finfo(torch.float32).min)
-
-
 def load_models(args, tokenizer):
-    """policy, ref_policy, critic, reward_model and its tokenizer, all without dropout [detail 7].
+    """policy, ref_policy, critic, reward_model and its tokenizer. [detail 7] Dropout is off in all of them.
 
-    The reward model is None where a Python function takes its place; its tokenizer is None where it is the policy's.
+    There is no reward model where a Python function takes its place. Its tokenizer is None where it is the
+    policy's.
     """
     policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
     reward_model = retokenizer = None
     if not args.reward_function:
-        own_tokenizer = load_tokenizer(args.reward_model, "--reward_model")
-        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
-            if not args.retokenize:
-                fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model "
-                     f"{args.sft_model}. Train a reward model from this SFT model with reward_model.py, or pass "
-                     "--retokenize: this one then reads decoded texts")
-            retokenizer = own_tokenizer
-        reward_model = load_classifier(args.reward_model, "--reward_model", own_tokenizer, args.bf16)
-        reward_model = ScalarModel(reward_model).eval()
+        retokenizer = other_tokenizer(args, tokenizer)
+        reward_model = ScalarModel(load_classifier(
+            args.reward_model, "--reward_model", retokenizer or tokenizer, args.bf16)).eval()
     if reward_model and not retokenizer:
+        # [detail 22] the critic is a model of its own, and starts as the reward model, constant and all
         classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)
-    else:  # [E13] no reward model of these tokens to start the critic from: the SFT model with a head of zeros
+    else:  # [E13] no reward model reads these tokens: it starts as the SFT model, with a head of zeros
         print0(f"{'critic':<22}starts from {args.sft_model} with a head of zeros, not from a reward model")
         classifier = load_classifier(args.sft_model, "--sft_model", tokenizer, new_head=True)
         torch.nn.init.zeros_(classifier.score.weight)
+    longest, flags = args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length"
     for model in (policy, classifier):
-        check_length(model, args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length")
-    critic = ScalarModel(classifier)  # [detail 22] a model of its own, from the reward model, constant and all
-    return policy, ref_policy, critic, reward_model, retokenizer
+        check_length(model, longest, flags)
+    return policy, ref_policy, ScalarModel(classifier), reward_model, retokenizer
 
 
 # ---- Algorithm: sampling ----------------------------------------------------------------------------------
+
+
+def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids):
+    """Responses (B, Tr) to B prompts (ids, text), from noise (B, Tr). Like lengths are decoded together."""
+    noise = noise.to(eos_ids.device)
+    responses = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
+    for rows in chunks(by_length, args.rollout_batch_size):
+        queries, attention_mask = pad(  # [detail 5] prompts are padded left: responses start in one column
+            [prompts[i][0] for i in rows], tokenizer.pad_token_id, "left", noise.device)
+        responses[rows] = generate(
+            model, queries, attention_mask, noise[rows], args.temperature, args.top_p,
+            args.repetition_penalty, forbidden, eos_ids, tokenizer.pad_token_id)
+    return responses
 
 
 @torch.no_grad()
@@ -315,20 +316,20 @@ def generate(
 ):
     """Sample a response to each query until EOS, or until the noise ends.
 
-    queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms. Returns responses (B, Tr), PAD after EOS.
-    Ended rows leave the batch [E10]; the paper goes on sampling, feeds it to policy and critic [detail 29], masks it.
-    The model's stored generation config is never read.
+    queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms. Returns responses (B, Tr), PAD after
+    EOS. The model's stored generation config is never read.
     """
     responses = torch.full(noise.shape, pad_id, device=queries.device)  # (B, Tr)
     alive = torch.arange(len(queries), device=queries.device)  # rows still being decoded
     cache = DynamicCache(config=model.config)
-    mask = query_mask
-    ids, position_ids = torch.where(mask, queries, 0), (mask.long().cumsum(-1) - 1).clamp(min=0)
-    seen = torch.zeros(len(queries), len(forbidden), device=queries.device)  # (B, V), for the repetition penalty
-    seen.scatter_add_(1, ids, mask.float())
+    attention_mask = query_mask
+    ids, position_ids = torch.where(query_mask, queries, 0), (query_mask.long().cumsum(-1) - 1).clamp(min=0)
+    seen = torch.zeros(len(queries), len(forbidden), device=queries.device)  # (B, V), for the penalty
+    seen.scatter_add_(1, ids, query_mask.float())
     for t in range(noise.shape[1]):
-        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, logits_to_keep=1,
-                       past_key_values=cache, use_cache=True).logits[:, -1].float()  # (alive, V)
+        logits = model(
+            input_ids=ids, attention_mask=attention_mask.long(), position_ids=position_ids, logits_to_keep=1,
+            past_key_values=cache, use_cache=True).logits[:, -1].float()  # (alive, V)
         if repetition_penalty != 1.0:
             penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
             logits = torch.where(seen > 0, penalised, logits)
@@ -339,22 +340,21 @@ def generate(
         responses[alive, t] = tokens
         seen.scatter_(1, tokens[:, None], 1.0)
         going_on = (~torch.isin(tokens, eos_ids)).nonzero().squeeze(1)
-        if len(going_on) < len(alive):
-            alive, tokens, mask, seen = alive[going_on], tokens[going_on], mask[going_on], seen[going_on]
+        if len(going_on) < len(alive):  # [E10] a row that has ended leaves the batch
+            # [detail 29] what follows EOS counts nowhere (theirs is sampled, read by the models, and masked)
+            alive, tokens, attention_mask, seen = (x[going_on] for x in (alive, tokens, attention_mask, seen))
             cache.batch_select_indices(going_on)
         if len(alive) == 0:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        ids, position_ids = tokens[:, None], mask.sum(1, keepdim=True) - 1
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], dim=1)
+        ids, position_ids = tokens[:, None], attention_mask.sum(1, keepdim=True) - 1
     return responses
 
 
-def forbidden_tokens(tokenizer, vocabulary_size):
-    """Tokens that are never sampled [E12]: PAD, and embedding rows without a token. (vocabulary_size,) bool."""
-    forbidden = torch.ones(vocabulary_size, dtype=torch.bool)
-    forbidden[list(tokenizer.get_vocab().values())] = False
-    forbidden[tokenizer.pad_token_id] = True
-    return forbidden
+def scale_logits(logits, temperature, forbidden):
+    """Logits (..., V) of the sampling distribution, in fp32, before top-p. forbidden: (V,) bool."""
+    logits = logits.float() / (temperature + 1e-7)  # [detail 26] 0.7 in the paper, whose code adds 1e-7
+    return logits.masked_fill_(forbidden, torch.finfo(torch.float32).min)
 
 
 def inverse_cdf(logits, uniforms):
@@ -372,38 +372,115 @@ def keep_top_p(logits, top_p):
     return torch.empty_like(logits).scatter_(1, index, ordered)
 
 
+# ---- Algorithm: episodes ----------------------------------------------------------------------------------
+
+
+class Episodes:
+    """B prompts and responses of this rank, and all that follows from their ids.
+
+    queries: ids of the prompts; responses (B, Tr): PAD after EOS; query_texts, response_texts
+    lengths (B,): tokens of each response, EOS counted; ended (B,) bool: whether EOS came
+    mask, value_mask (B, Tr) bool: tokens that count, and states whose value counts
+    sequences: ids of query and response in one list, without PAD
+    """
+
+    def __init__(self, prompts, responses, tokenizer, eos_ids):
+        self.queries, self.query_texts = zip(*prompts)
+        self.responses, self.lengths, self.ended = truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
+        self.mask, self.value_mask = response_masks(self.lengths, responses.shape[1])
+        self.response_texts = decode_responses(tokenizer, self.queries, self.responses)
+        rows = zip(self.queries, self.responses.tolist(), self.lengths.tolist())
+        self.sequences = [query + response[:length] for query, response, length in rows]
+
+    def micro_batches(self, rows, size):
+        """These rows, `size` at a time. [E20] Like lengths are together, so that little is padded.
+
+        The longest come first: where memory is too small, the run ends in its first micro-batch.
+        """
+        return chunks(sorted(rows, key=lambda i: -len(self.sequences[i])), size)
+
+    def batch(self, rows):
+        """These rows, padded on the left: ids (b, T), attention_mask (b, T) bool, width, shift (b,).
+
+        [E20] Query and response touch, and end in the last column. So T is the longest row, and not the
+        longest query plus the longest response (theirs: always 512 + 53). The longest response has `width`
+        tokens. Token t of row i stands in column shift[i] + t of the last `width` columns:
+
+            q q r r r r    width 4, shift 0
+            . q q q r r             shift 2
+        """
+        ids, attention_mask = pad([self.sequences[i] for i in rows], 0, "left", self.lengths.device)
+        width = max(len(self.sequences[i]) - len(self.queries[i]) for i in rows)
+        return ids, attention_mask, width, width - self.lengths[rows]
+
+
 def truncate_at_eos(responses, eos_ids, pad_id):
-    """Keep each response up to its first EOS, PAD after it [detail 23].
+    """Keep each response up to its first EOS, with PAD after it.
 
     responses (B, Tr) -> responses (B, Tr), lengths (B,) with EOS counted, ended (B,) bool.
     """
     is_eos = torch.isin(responses, eos_ids)
     ended = is_eos.any(1)
+    # [detail 23] a response ends at its first EOS
     lengths = torch.where(ended, is_eos.int().argmax(1) + 1, responses.shape[1])
     kept = torch.arange(responses.shape[1], device=responses.device) < lengths[:, None]
     return responses.masked_fill(~kept, pad_id), lengths, ended
 
 
-# ---- Algorithm: rewards and advantages --------------------------------------------------------------------
-
-
-def at_last_token(values, mask):
-    """values (B, T) at each row's last True of mask (B, T), wherever the padding is -> (B,) [detail 12].
-
-    Searching for the first PAD instead finds position 0 in a left-padded row.
-    """
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last_index = (positions * mask).argmax(-1)  # (B,)
-    return values[torch.arange(len(values), device=mask.device), last_index]
-
-
 def response_masks(lengths, width):
-    """mask (B, Tr): t <= e, tokens that count [detail 30]; value_mask (B, Tr): t <= e + 1 [detail 31].
+    """mask (B, Tr): tokens that count, t <= e; value_mask (B, Tr): states whose value counts, t <= e + 1.
 
-    e is the index of the last kept token. The state after EOS counts as well: the score lands there.
+    e is the index of the last kept token, EOS where there is one.
     """
     t = torch.arange(width, device=lengths.device)
-    return t < lengths[:, None], t < lengths[:, None] + 1
+    mask = t < lengths[:, None]  # [detail 30] log-probabilities after EOS are masked: KL 0 and ratio 1
+    value_mask = t < lengths[:, None] + 1  # [detail 31] the state after EOS counts: the score lands there
+    return mask, value_mask
+
+
+# ---- Algorithm: log-probabilities, values, scores ---------------------------------------------------------
+
+
+def response_logprobs(model, episodes, rows, args, forbidden, entropies=None):
+    """log p of the response tokens of these rows, under policy or reference: (b, Tr), 0 after EOS.
+
+    entropies (B, Tr): where given, these rows of it are filled with the entropy of each token's distribution.
+    """
+    ids, attention_mask, width, shift = episodes.batch(rows)
+    logits = response_logits(model, ids, attention_mask, width, args.temperature, forbidden)  # (b, width, V)
+    mask = episodes.mask[rows]
+    if entropies is not None:
+        entropies[rows] = left_aligned(token_entropies(logits), shift, args.response_length) * mask
+    logprobs = left_aligned(token_logprobs(logits, ids[:, -width:]), shift, args.response_length)
+    return logprobs * mask  # [E15] 0 after EOS (theirs: 1.0)
+
+
+def values_and_states(critic, episodes, rows, args):
+    """Values as of response_values in ppo.py, and the states (b, d) that the group head reads."""
+    ids, attention_mask, width, shift = episodes.batch(rows)
+    back = episodes.lengths[rows] * (args.group_level == "prompt")  # [G4] the last token, or the query's
+    values, states = critic(ids, attention_mask, back)
+    values = values[:, -width - 1 :]  # [detail 28] V_t is read one step before token t
+    return left_aligned(values, shift, args.response_length) * episodes.value_mask[rows], states
+
+
+def response_logits(model, ids, attention_mask, width, temperature, forbidden):
+    """Logits (b, width, V) in fp32 that the last `width` tokens of ids (b, T) were drawn from."""
+    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] they count real tokens
+    logits = model(
+        input_ids=torch.where(attention_mask, ids, 0),  # [detail 3] PAD is never embedded
+        attention_mask=attention_mask.long(), position_ids=position_ids, use_cache=False,
+        logits_to_keep=width + 1).logits[:, :-1]  # [detail 28] token t is predicted one position before it
+    return scale_logits(logits, temperature, forbidden)  # [detail 27] at the temperature of the sampling
+
+
+def left_aligned(values, shift, length):
+    """values (b, w), each row moved left by shift (b,), so that token t is in column t -> (b, length).
+
+    The columns after a row's end repeat its last value: nothing counts there.
+    """
+    columns = torch.arange(length, device=values.device) + shift[:, None]
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
 
 
 def token_logprobs(logits, tokens):
@@ -416,8 +493,45 @@ def token_entropies(logits):
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
+@torch.no_grad()
+def score_responses(reward_model, reward_function, episodes, args, retokenizer=None):
+    """Score of each response (B,): the reward model's at the last token, or a Python function's of the texts.
+
+    retokenizer: the reward model's own tokenizer, where it is not the policy's.
+    """
+    device, texts = episodes.ended.device, (episodes.query_texts, episodes.response_texts)
+    if reward_function:
+        scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=device)
+    else:
+        sequences = episodes.sequences
+        if retokenizer:  # [E22] it reads decoded texts, with its own EOS where EOS came
+            sequences = retokenize(texts, episodes.ended.tolist(), retokenizer, reward_model.classifier)
+        scores = torch.zeros(len(sequences), device=device)
+        by_length = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        for rows in chunks(by_length, args.micro_batch_size):
+            ids, attention_mask = pad([sequences[i] for i in rows], 0, "right", device)
+            scores[rows] = at_last_token(reward_model(ids, attention_mask), attention_mask)
+    if args.missing_eos_score is None:
+        return scores
+    # [detail 13] a score away from EOS means nothing; [detail 23] so it is replaced, not reduced
+    return torch.where(episodes.ended, scores, args.missing_eos_score)
+
+
+def at_last_token(values, mask):
+    """values (B, T) at each row's last True of mask (B, T), wherever the padding is -> (B,) [detail 12].
+
+    Searching for the first PAD instead finds position 0 in a left-padded row.
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last_index = (positions * mask).argmax(-1)  # (B,)
+    return values[torch.arange(len(values), device=mask.device), last_index]
+
+
+# ---- Algorithm: rewards and advantages --------------------------------------------------------------------
+
+
 def k1(logprobs, ref_logprobs):
-    """KL estimate log pi - log ref of each token: unbiased, may be negative [detail 32]. All (B, Tr)."""
+    """KL estimate log pi - log ref of each token. [detail 32] Unbiased; it may be negative. All (B, Tr)."""
     return logprobs - ref_logprobs
 
 
@@ -430,34 +544,39 @@ def k3(logprobs, ref_logprobs):
 def token_rewards(kl, scores, lengths, kl_coef):
     """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each -> (B, Tr).
 
-    That index is e + 1, one step after EOS, or e where the response fills the last column. No token is chosen at
-    e + 1: the score teaches the critic there, and reaches the policy through the advantages before it.
+    e is the index of the last kept token. No token is chosen at e + 1: the score teaches the critic there, and
+    reaches the policy through the advantages before it.
     """
-    rewards = -kl_coef * kl  # [detail 32]
-    score_index = torch.where(lengths < kl.shape[1], lengths, lengths - 1)  # [detail 33] lengths = e + 1
+    rewards = -kl_coef * kl  # [detail 32] every token pays, EOS too
+    # [detail 33] the score lands at e + 1, one step after EOS, or at e where that is the last column
+    score_index = torch.where(lengths < kl.shape[1], lengths, lengths - 1)
     rewards[torch.arange(len(kl), device=kl.device), score_index] += scores
     return rewards
 
 
 def masked_mean(values, mask):
-    """Mean of values (B, Tr) where mask (B, Tr) is True, over all ranks [E8]. Every rank must call it."""
+    """Mean of values where mask is True, both (..., B, Tr). [E8] Over all ranks: every rank must call it."""
     total, count = all_sum(torch.stack([(values * mask).sum(), mask.sum().float()]))
     return total / count
 
 
-def masked_whiten(values, mask, shift_mean=True):
-    """(values - mean) / sqrt(variance + 1e-8) over mask (B, Tr) and all ranks, 0 elsewhere [detail 37].
+def masked_variance(values, mask):
+    """Variance of values where mask is True, divided by their count. Over all ranks, as masked_mean."""
+    return masked_mean((values - masked_mean(values, mask)) ** 2, mask)
 
-    Advantages lose their mean [detail 25]; rewards keep it (shift_mean=False) [detail 24].
+
+def masked_whiten(values, mask, shift_mean=True):
+    """(values - mean) / sqrt(variance + 1e-8) over mask (B, Tr) and all ranks, 0 elsewhere.
+
+    [detail 25] Advantages lose their mean. [detail 24] Rewards keep it (shift_mean=False).
     """
     mean = masked_mean(values, mask)
-    variance = masked_mean((values - mean) ** 2, mask)  # biased: divided by the count
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask
+    whitened = (values - mean) * torch.rsqrt(masked_variance(values, mask) + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask  # [detail 37] what does not count stays 0
 
 
 def gae(rewards, values, gamma, lam):
-    """Generalised advantage estimation, no value after the last column [detail 36].
+    """Generalised advantage estimation. [detail 36] There is no value after the last column.
 
     rewards, values (B, Tr), 0 where nothing counts -> advantages, returns (B, Tr).
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V_t
@@ -471,48 +590,41 @@ def gae(rewards, values, gamma, lam):
 
 
 # ---- Algorithm: groups ------------------------------------------------------------------------------------
-
-
-def running_moments(moments, values):
-    """(count, mean, sd) of all values so far: of those before and of values (B,) of every rank (Chan et al. 1979)."""
-    count, mean, sd = moments
-    values = values.double()
-    size, total = all_sum(torch.stack([torch.ones_like(values).sum(), values.sum()])).tolist()
-    squares = float(all_sum(((values - total / size) ** 2).sum())) + sd**2 * (count - 1) * (count > 0)
-    squares += (total / size - mean) ** 2 * count * size / (count + size)
-    mean = (count * mean + total) / (count + size)
-    return count + size, mean, (squares / max(count + size - 1, 1)) ** 0.5
+#
+# N episodes on all ranks; episode i has return R_i and labels p_ig, which sum to 1 over the M groups g.
+#     s_g = sum_i p_ig / N    R_g = sum_i p_ig R_i / (N s_g)    w_g = s_g (mass) or 1/M (uniform)
+#     V              = sum_g w_g (R_g - R)^2, with R = sum_g w_g R_g
+#     pull_g         = dV/dR_g / s_g = 2 (w_g / s_g) (R_g - R)
+#     label gradient = N dV/dp_ig = pull_g (R_i - base_g), base_g = (R_g + R) / 2 (mass) or R_g (uniform)
+#     kappa_i        = 1 - beta_policy sum_g p_ig pull_g
+# Stage 1: group head and critic climb V, by the label gradient. Stage 2: the policy climbs J - beta_policy V,
+# J its reward: with labels and shares held fixed, that is the gradient of J with each advantage times kappa.
 
 
 def normalize(scores, moments, clip):
-    """Scores (B,) less their running mean, in units of their running sd, clipped at plus and minus clip [G2]."""
+    """Scores (B,) less their running mean, in units of their running sd, clipped at plus and minus clip."""
     _, mean, sd = moments
     return ((scores - mean) / (sd or 1.0)).clamp(-clip, clip)
 
 
 def group_means(labels, values):
-    """Share of each group, and mean of values (B,) in it, weighted by labels (B, M), over all ranks [G5]: (M,), (M,).
-
-    An empty group has the mean of all, so that nothing follows from it.
-    """
+    """s_g and R_g: share of each group, and mean of values (B,) in it, by labels (B, M): (M,), (M,)."""
     labels, values = labels.double(), values.double()
-    sums = all_sum(torch.stack([labels.sum(0), values @ labels]))  # (2, M)
+    sums = all_sum(torch.stack([labels.sum(0), values @ labels]))  # [G5] (2, M), over all ranks
     size, total = sums.sum(1)
+    # an empty group has the mean of all, so that nothing follows from it
     return sums[0] / size, torch.where(sums[0] > 1e-9, sums[1] / sums[0].clamp(min=1e-9), total / size)
 
 
 def group_variance(labels, returns, kind):
-    """Variance of the group means of returns (B,), over groups as they weigh, or "uniform" over groups alike [G6]."""
+    """V, of returns (B,); kind: "mass" or "uniform"."""
     shares, means = group_means(labels, returns)
-    weights = shares if kind == "mass" else torch.full_like(shares, 1 / len(shares))
+    weights = shares if kind == "mass" else torch.full_like(shares, 1 / len(shares))  # [G6] w_g
     return (weights * (means - (weights * means).sum()) ** 2).sum()
 
 
 def group_pull(labels, returns, kind):
-    """The variance's derivative by each group mean R_g over the group's share; what label_gradient counts from. (M,).
-
-    mass: 2 (R_g - R) and (R_g + R) / 2, R the mean of all; uniform: 2 (R_g - mean of the M) / (M share_g) and R_g.
-    """
+    """pull_g and base_g: (M,), (M,)."""
     shares, means = group_means(labels, returns)
     if kind == "uniform":
         return 2 * (means - means.mean()) / (len(means) * shares.clamp(min=1e-9)), means
@@ -521,27 +633,20 @@ def group_pull(labels, returns, kind):
 
 
 def label_gradient(labels, returns, kind):
-    """B times the derivative of the variance by each label, up to a term that a row's labels share: (B, M) [G7].
-
-    With two groups an episode moves to the better one where its return is above their midpoint (mass), or above
-    R_better share_worse + R_worse share_better (uniform), which a small group moves away from itself.
-    """
+    """The label gradient (B, M). [G7] It lacks a term that a row's labels share: a softmax cannot see it."""
     pull, base = group_pull(labels, returns, kind)
     return (pull * (returns[:, None] - base)).to(labels.dtype)
 
 
 def advantage_multiplier(labels, returns, beta, kind):
-    """1 - beta * pull of the episode's groups: (B,), mean 1 over all episodes where no group is empty [G8].
-
-    Policy gradient of J - beta * variance, with labels and shares taken as constants.
-    """
+    """kappa (B,). [G8] Its mean over all episodes is 1 where no group is empty."""
     return (1 - beta * labels.double() @ group_pull(labels, returns, kind)[0]).to(labels.dtype)
 
 
 def adaptive_kl_coefs(labels, scores, kl_coef):
-    """kl_coef times the probability of the group with the highest mean score, (B,), and that group [G10]."""
+    """kl_coef times the probability of the group with the highest mean score, (B,), and that group."""
     shares, means = group_means(labels, scores)
-    best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()  # an empty group would leave all without a penalty
+    best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()  # [G10] no empty group: none would pay
     return kl_coef * labels[:, best], best
 
 
@@ -549,104 +654,86 @@ def adaptive_kl_coefs(labels, scores, kl_coef):
 
 
 def policy_losses(new_logprobs, logprobs, advantages, cliprange):
-    """PPO's clipped surrogate loss of each token, and where it is clipped [detail 38]. All (B, Tr)."""
+    """PPO's clipped surrogate loss of each token, and where it is clipped. All (..., B, Tr)."""
     ratio = torch.exp(new_logprobs - logprobs)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
-    return torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+    return torch.maximum(unclipped, clipped), (clipped > unclipped).float()  # [detail 38] the larger loss
 
 
 def value_losses(new_values, values, returns, cliprange_value):
-    """Half the squared error, clipped around the rollout's value, and where it is clipped [detail 39]. (B, Tr)."""
+    """Half the squared error, clipped around the old value, and where it is clipped. All (..., B, Tr)."""
     clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (clipped_values - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()  # [detail 39] the larger
 
 
-# ---- Rollouts and evaluation ------------------------------------------------------------------------------
+def check_first_ratio(log_ratio, saved_on_failure, folder, update, bf16):
+    """Stop where scoring and update disagree before any training. log_ratio: (rows, Tr), 0 if all is well."""
+    drift = float(all_max(log_ratio.abs().max()))
+    stop_if_not_finite({"first log-ratio": drift}, saved_on_failure, folder, update)
+    if drift > 1e-4 and bf16:
+        print0(f"warning: update {update}: first log ratio off by {drift:.1e} (bf16 rounding)")
+    elif drift > 1e-4:
+        fail(f"update {update}: log-probabilities moved by {drift:.1e} before any training. Scoring and "
+             "update disagree: dropout, temperature, padding or the model's forward")
 
 
-def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device):
-    """Responses (B, Tr), lengths (B,), ended (B,) for prompts of (ids, text)."""
-    queries, query_mask = pad([ids for ids, _ in prompts], tokenizer.pad_token_id, "left", device)  # [detail 5]
-    responses = torch.empty(noise.shape, dtype=torch.long, device=device)
-    noise = noise.to(device)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
-    for rows in chunks(by_length, args.rollout_batch_size):
-        width = len(prompts[rows[-1]][0])  # like lengths are decoded together, cut to their longest
-        responses[rows] = generate(
-            model, queries[rows, -width:], query_mask[rows, -width:], noise[rows], args.temperature,
-            args.top_p, args.repetition_penalty, forbidden, eos_ids, tokenizer.pad_token_id)
-    return truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
+# ---- Metrics ----------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def score_responses(reward_model, reward_function, sequences, ended, texts, args, retokenizer=None):
-    """Score of each response (B,): the reward model's at the last token, or a Python function's of the texts.
+def episode_means(of_episodes, batch_size):
+    """Means of tensors {name: (B,) or (B, Tr)} over the episodes of all ranks, which are batch_size [E8]."""
+    sums = all_sum(torch.stack([x.sum().float() for x in of_episodes.values()]))
+    return dict(zip(of_episodes, (sums / batch_size).tolist()))
 
-    sequences: ids of query and response. retokenizer: the reward model's own tokenizer where it differs [E22].
+
+def update_metrics(episodes, new_logprobs, logprobs, advantages, new_values, values, returns, args):
+    """How the update went, under TRL's names: means over the tokens, or the states, of all epochs and ranks.
+
+    new_logprobs, new_values (epochs, B, Tr): what each epoch computed. The others (B, Tr).
     """
-    if reward_function:
-        scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=ended.device)
-    else:
-        if retokenizer:
-            sequences = [
-                retokenizer(query).input_ids + retokenizer(response, add_special_tokens=False).input_ids
-                + [retokenizer.eos_token_id] * end for query, response, end in zip(*texts, ended.tolist())]
-            longest = max(map(len, sequences))
-            limit = getattr(reward_model.classifier.config, "max_position_embeddings", longest)
-            fail_together(f"--retokenize: a text has {longest} of the reward model's tokens, and that has {limit} "
-                          "positions. Lower the limits of prompt and response" if longest > limit else None)
-        scores = torch.zeros(len(sequences), device=ended.device)
-        by_length = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-        for rows in chunks(by_length, args.micro_batch_size):
-            ids, mask = pad([sequences[i] for i in rows], 0, "right", ended.device)
-            scores[rows] = at_last_token(reward_model(ids, mask), mask)
-    if args.missing_eos_score is None:
-        return scores
-    # [detail 13] away from EOS a score means nothing, so it is replaced, not reduced [detail 23]
-    return torch.where(ended, scores, args.missing_eos_score)
+    mask, value_mask = (x.expand_as(new_values) for x in (episodes.mask, episodes.value_mask))
+    pg_losses, pg_clipped = policy_losses(new_logprobs, logprobs, advantages, args.cliprange)
+    vf_losses, vf_clipped = value_losses(new_values, values, returns, args.cliprange_value)
+    ratio = (new_logprobs - logprobs).exp()
+    unexplained = masked_variance(returns - values, episodes.value_mask)
+    variance = masked_variance(returns, episodes.value_mask)
+    return {
+        "loss/policy_avg": masked_mean(pg_losses, mask), "policy/clipfrac_avg": masked_mean(pg_clipped, mask),
+        "loss/value_avg": masked_mean(vf_losses, value_mask),
+        "val/clipfrac_avg": masked_mean(vf_clipped, value_mask),
+        "val/explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
+        "policy/approxkl_avg": masked_mean(0.5 * (new_logprobs - logprobs) ** 2, mask),
+        "val/ratio": masked_mean(ratio, mask), "val/ratio_var": masked_variance(ratio, mask),
+        "val/ratio_max": all_max(ratio.max())}
 
 
-def deal_by_length(lengths, micro_batch_size):
-    """Which rows of a batch this rank trains on: micro-batches of like lengths, as many on every rank [E28].
+def group_metrics(labels, scores, of_episodes):
+    """Share of each group, and means of these {name: (B,)}. group_0 has the highest mean of scores (B,)."""
+    shares, means = group_means(labels, scores)
+    metrics = {}
+    for place, g in enumerate(means.argsort(descending=True)):
+        metrics[f"group_{place}/share"] = shares[g]
+        for name, values in of_episodes.items():
+            metrics[f"group_{place}/{name}"] = group_means(labels, values)[1][g]
+    return metrics | {"groups/gap": metrics["group_0/return"] - metrics[f"group_{place}/return"]}
 
-    Ranks take turns to take a micro-batch from the longest rows left, 0 to last and then last to 0, so that all have
-    about the same work. The paper's ranks keep what they sampled, and pad every row to the longest that may come.
+
+def auc_of_groups(probabilities, scores, groups):
+    """How often an episode of the true group with the best mean score is more probable than one of another.
+
+    probabilities, scores (B,); groups: B names; None is left out. Ties count half; one group alone gives 1/2.
     """
-    by_length, mine = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    share = len(lengths) // world_size()
-    for turn, start in enumerate(range(0, share, micro_batch_size)):
-        size = min(micro_batch_size, share - start)
-        place = rank() if turn % 2 == 0 else world_size() - 1 - rank()
-        mine += by_length[start * world_size() + place * size :][:size]
-    return sorted(mine)
-
-
-def join(queries, responses, lengths):
-    """Ids of each query and its response (B, Tr) as far as it counts, in lists, and the responses' lengths in one."""
-    lengths = lengths.tolist()
-    return [query + response[:length] for query, response, length in zip(queries, responses.tolist(), lengths)], lengths
-
-
-def right_aligned(rows, sequences, lengths, pad_id, device):
-    """Some rows as a batch in which query and response touch and end in the last column: ids, mask (b, T), tr, shift.
-
-    So T is the longest row, not the longest query and the longest response together [E20]. tr: the longest of these
-    responses; token t of a response stands in column shift + t, shift (b,), of the last tr columns.
-    """
-    ids, mask = pad([sequences[i] for i in rows], pad_id, "left", device)
-    tr = max(lengths[i] for i in rows)
-    return ids, mask, tr, torch.tensor([tr - lengths[i] for i in rows], device=device)
-
-
-def left_aligned(values, shift):
-    """values (b, w) with each row moved left by shift (b,), so that column t belongs to token t of the response.
-
-    The last columns of a shorter response repeat its last value: nothing counts there.
-    """
-    columns = torch.arange(values.shape[1], device=values.device) + shift[:, None]
-    return values.gather(1, columns.clamp(max=values.shape[1] - 1))
+    everyones = gather_rows(zip(probabilities.tolist(), scores.tolist(), groups))
+    rows = [row for row in everyones if row[2] is not None]
+    names = sorted({group for _, _, group in rows})
+    if len(names) < 2:
+        return 0.5
+    best = max(names, key=lambda name: np.mean([score for _, score, group in rows if group == name]))
+    inside = np.array([probability for probability, _, group in rows if group == best])[:, None]
+    outside = np.array([probability for probability, _, group in rows if group != best])
+    return float(((inside > outside) + (inside == outside) / 2).mean())
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -657,83 +744,72 @@ def main(args: Args):
     check_flags(args)
     check_batch_size(args.batch_size, args.num_minibatches, args.total_episodes)
     device = init_distributed(args.timeout_minutes)
-    folder = choose_folder(args, "group_invariant_ppo")
+    script = Path(__file__).stem  # it names the folder of a run
+    folder = choose_folder(args, script)
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
     prompts, group_of = load_grouped_prompts(args.prompts, "--prompts", tokenizer, args)
     eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
     if len(eval_prompts) < world_size():
-        fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and {world_size()} "
-             "ranks need at least one each")
-    gold_function = load_function(args.gold_function, "--gold_function")
-    reward_function = load_function(args.reward_function, "--reward_function")
+        fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
+             f"{world_size()} ranks need at least one each")
+    gold_function = load_function(args.gold_function, "--gold_function", prompts[0][1])
+    reward_function = load_function(args.reward_function, "--reward_function", prompts[0][1])
     policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer)
+    critic = GroupCritic(critic.classifier)
     decoding_copy = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
     if args.zero_stage == 3:
         decoding_copy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
-    engines = {}
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         critic.classifier.gradient_checkpointing_enable()
-    critic = GroupCritic(critic.classifier)
-    group_head = GroupHead(critic.classifier.score.in_features, args.num_groups, args.seed)
-    for name, model in (("policy", policy), ("critic", critic), ("group_head", group_head)):  # [E9] [G11] [detail 47]
+    trained, engines = {"policy": policy, "critic": critic}, {}
+    trained["group_head"] = GroupHead(  # [G11] a module of its own, with an optimizer of its own
+        critic.classifier.score.in_features, args.num_groups, args.seed)
+    for name, model in trained.items():  # [E9] an optimizer each; [detail 47] theirs: one for both
         optimizer = torch.optim.AdamW(  # [detail 43] eps 1e-5 and weight decay 0.01, both written out
-            model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay,
-            fused=True)  # one pass over the weights, on a CPU several times faster
+            model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps,
+            weight_decay=args.weight_decay, fused=True)  # fused: one pass over the weights, faster
         engines[name] = create_engine(model, optimizer, args)
     eos_ids = torch.tensor(eos_token_ids(policy, tokenizer), device=device)
-    forbidden = forbidden_tokens(tokenizer, ref_policy.get_output_embeddings().weight.shape[0]).to(device)  # (V,)
-
-    for function, flag in ((gold_function, "--gold_function"), (reward_function, "--reward_function")):
-        if function:
-            call_judge(function, flag, [prompts[0][1]] * 2, [" a", " b"])  # a trial, before anything is written
+    vocabulary_size = ref_policy.get_output_embeddings().weight.shape[0]
+    forbidden = forbidden_tokens(tokenizer, vocabulary_size).to(device)  # [E12] these are never sampled
 
     # 2. output folder, resume
-    open_folder(folder, args, "group_invariant_ppo")
-    state = (load_checkpoint(folder, engines) if args.resume else None) or {"step": 0, "best": float("-inf")}
-    tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
-    print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} "
-           f"parameters, {world_size()} rank(s) on {device.type}")
-    print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs "
-           f"each; writes {folder}")
-    print_memory_plan(args, count_parameters(policy) + count_parameters(critic), sum(
-        count_parameters(model) for model in (ref_policy, reward_model, decoding_copy) if model))
-    note_small_lr(args.lr, Args.lr, count_parameters(policy))
+    open_folder(folder, args, script)
+    resumed = load_checkpoint(folder, engines) if args.resume else None
+    progress = resumed or {"step": 0, "best": float("-inf")}
+    tracker = Tracker(folder, args, progress["step"] + 1 if resumed else 0)
+    print_plan(args, Args.lr, folder, device, policy, critic, (ref_policy, reward_model, decoding_copy))
 
     def evaluate(update):
-        """Continue the held-out prompts, with the same noise at every update and for every seed [detail 49] [E16]."""
+        """Continue the held-out prompts. [detail 49] Every few updates; [E16] always with the same noise."""
         mine = range(rank(), len(eval_prompts), world_size())
         my_prompts = [eval_prompts[i] for i in mine]
         noise = sampling_noise(0, 0, mine, args.response_length)
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
-        responses, lengths, ended = rollout(
-            decoder, my_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
-        mask, _ = response_masks(lengths, args.response_length)
-        query_ids, query_texts = zip(*my_prompts)
-        texts = query_texts, decode_responses(tokenizer, query_ids, responses)
-        sequences, response_lengths = join(query_ids, responses, lengths)
-        kl = torch.zeros(noise.shape, device=device)
-        by_length = sorted(range(len(mine)), key=lambda i: -len(sequences[i]))
+        responses = rollout(decoder, my_prompts, noise, args, tokenizer, forbidden, eos_ids)
+        episodes = Episodes(my_prompts, responses, tokenizer, eos_ids)
+        kl = torch.zeros(responses.shape, device=device)
         with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
-            for rows in chunks(by_length, args.micro_batch_size):
-                ids, mb_mask, tr, shift = right_aligned(
-                    rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                window = ids, mb_mask, tr, args.temperature, forbidden
-                logprobs = token_logprobs(response_logits(decoder, *window), ids[:, -tr:])
-                ref_logprobs = token_logprobs(response_logits(ref_policy, *window), ids[:, -tr:])
-                kl[rows, :tr] = left_aligned(k1(logprobs, ref_logprobs), shift) * mask[rows, :tr]
+            for rows in episodes.micro_batches(range(len(mine)), args.micro_batch_size):
+                logprobs, ref_logprobs = (response_logprobs(model, episodes, rows, args, forbidden)
+                                          for model in (decoder, ref_policy))
+                kl[rows] = k1(logprobs, ref_logprobs)
         with on_device(reward_model, device, args.offload_frozen):
-            scores = score_responses(reward_model, reward_function, sequences, ended, texts, args, retokenizer)
-        columns = {"query": texts[0], "response": texts[1], "score": scores.tolist(), "kl": kl.sum(1).tolist(),
-                   "length": lengths.tolist(), "ended": ended.tolist()}
+            scores = score_responses(reward_model, reward_function, episodes, args, retokenizer)
+        columns = {
+            "query": episodes.query_texts, "response": episodes.response_texts, "score": scores.tolist(),
+            "kl": kl.sum(1).tolist(), "length": episodes.lengths.tolist(), "ended": episodes.ended.tolist()}
         if gold_function:
+            texts = episodes.query_texts, episodes.response_texts
             columns["gold"] = call_judge(gold_function, "--gold_function", *texts)
         samples = gather_rows(dict(zip(columns, row)) for row in zip(*columns.values()))
-        starts = gather_rows(tuple(row) for row in responses[:, :4].tolist())
-        metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples])) for name in list(columns)[2:]}
-        unit = state.get("first_moments", (0, 0.0, 0.0))[2] or 1.0  # [G2] a nat costs kl_coef normalised scores
+        starts = gather_rows(tuple(row) for row in episodes.responses[:, :4].tolist())
+        metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples]))
+                   for name in list(columns)[2:]}
+        unit = progress.get("first_moments", (0, 0.0, 1.0))[2] or 1.0  # [G2] kl_coef is in such units
         metrics["eval/rlhf_reward"] = metrics["eval/score"] - args.kl_coef * unit * metrics["eval/kl"]
-        metrics["eval/distinct_starts"] = len(set(starts)) / len(starts)  # low: it says the same thing everywhere
+        metrics["eval/distinct_starts"] = len(set(starts)) / len(starts)  # low: it always says the same
         tracker.samples(update, samples)
         tracker.log(update, metrics)
         gold = f"  gold {metrics['eval/gold']:.3f}" if gold_function else ""
@@ -741,225 +817,174 @@ def main(args: Args):
                f"kl {metrics['eval/kl']:.2f}  length {metrics['eval/length']:.1f}")
         return metrics, samples
 
-    if state["step"] == 0:
+    if progress["step"] == 0:
         metrics, samples = evaluate(0)
-        state |= {"before": metrics, "samples_before": [row["response"] for row in samples[:20]]}
+        progress |= {"before": metrics, "samples_before": [row["response"] for row in samples[:20]]}
 
-    for update in range(state["step"] + 1, args.num_updates + 1):
+    for update in range(progress["step"] + 1, args.num_updates + 1):
         clock = [time.time()]
-        fraction_left = 1 - (update - 1) / args.num_updates  # [detail 42] linear to 0
+        fraction_left = 1 - (update - 1) / args.num_updates  # [detail 42] learning rates fall linearly to 0
         lr, critic_lr = args.lr * fraction_left, args.critic_lr * fraction_left
 
         # 3. rollout: this rank's episodes of the update
         first = (update - 1) * args.batch_size
-        episodes = range(first + rank(), first + args.batch_size, world_size())
-        visits = [n // args.episodes_per_prompt for n in episodes]  # [G1]
+        numbers = range(first + rank(), first + args.batch_size, world_size())
+        visits = [n // args.episodes_per_prompt for n in numbers]  # [G1] a prompt's episodes in a row
         batch_prompts = [prompts[i] for i in prompts_of_episodes(visits, len(prompts), args.seed)]
-        noise = sampling_noise(args.seed, update, episodes, args.response_length)
+        noise = sampling_noise(args.seed, update, numbers, args.response_length)
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
-        responses, lengths, ended = rollout(
-            decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids, device)
-        engines["policy"].train()
-        # [E28] from here on a rank has rows as long as the others', not those that it sampled
-        of_all_ranks = gather_rows(zip(batch_prompts, responses.tolist(), lengths.tolist()))
-        mine = deal_by_length([len(ids) + length for (ids, _), _, length in of_all_ranks], args.micro_batch_size)
-        batch_prompts, responses, _ = zip(*(of_all_ranks[i] for i in mine))
-        responses, lengths, ended = truncate_at_eos(
-            torch.tensor(responses, device=device), eos_ids, tokenizer.pad_token_id)
-        mask, value_mask = response_masks(lengths, args.response_length)  # (B, Tr) bool, True = counts
-        query_ids, query_texts = zip(*batch_prompts)
-        texts = query_texts, decode_responses(tokenizer, query_ids, responses)
-        sequences, response_lengths = join(query_ids, responses, lengths)
+        responses = rollout(decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids)
+        engines["policy"].train()  # in eval mode gradient checkpointing does nothing
+        batch_prompts, responses = deal_by_length(  # [E28] each rank goes on with rows as long as the others'
+            batch_prompts, responses, tokenizer.pad_token_id, args.micro_batch_size)
+        episodes = Episodes(batch_prompts, responses, tokenizer, eos_ids)
+        mask, value_mask = episodes.mask, episodes.value_mask  # (B, Tr) bool: tokens and states that count
         clock.append(time.time())
 
-        # 4. scores
-        with on_device(reward_model, device, args.offload_frozen):  # [detail 48] one at a time (theirs: by layers)
-            scores = score_responses(reward_model, reward_function, sequences, ended, texts, args, retokenizer)
-        golds = call_judge(gold_function, "--gold_function", *texts) if gold_function else []
+        # 4. scores (B,)
+        with on_device(reward_model, device, args.offload_frozen):  # [detail 48] there while it is used
+            scores = score_responses(reward_model, reward_function, episodes, args, retokenizer)
         normalized = scores
-        if args.score_clip:  # [G2] by the moments of all scores so far, also these, EOS rule included
-            state["moments"] = running_moments(state.get("moments", (0, 0.0, 0.0)), scores)
-            normalized = normalize(scores, state["moments"], args.score_clip)
-            state.setdefault("first_moments", state["moments"])
+        if args.score_clip:  # [G2] by the moments of all scores so far, the -1 of missing EOS included
+            progress["moments"] = running_moments(progress.get("moments", (0, 0.0, 0.0)), scores)
+            normalized = normalize(scores, progress["moments"], args.score_clip)
+            progress.setdefault("first_moments", progress["moments"])
             if reward_model and not retokenizer:  # [G3] a head of zeros has no units
-                _, critic.mean, critic.sd = state["first_moments"]
+                critic.units = progress["first_moments"][1:]
 
-        # 5. micro-batches of every epoch; log-probabilities and values by exactly the first epoch's forwards
+        # 5. log-probabilities and values (B, Tr), by the very forwards that the first epoch will do again
         plan = []  # [epoch][minibatch][micro-batch] -> rows of this rank
         for epoch in range(args.num_ppo_epochs):
-            order = permutation(len(episodes), args.seed, update, rank(), epoch)  # [detail 41] new in each epoch
-            minibatches = chunks(order, len(episodes) // args.num_minibatches)
-            for rows in minibatches:  # like lengths share a micro-batch, the longest first, as memory is least torn so
-                rows.sort(key=lambda i: -len(sequences[i]))
-            plan.append([chunks(rows, args.micro_batch_size) for rows in minibatches])
-        logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)  # (B, Tr)
-        labels = torch.zeros(len(episodes), args.num_groups, device=device)  # (B, M)
-        back = lengths * (args.group_level == "prompt")  # [G4] the last token of the trajectory or of the query
+            # [detail 41] a new order in each epoch
+            order = permutation(len(numbers), args.seed, update, rank(), epoch)
+            minibatches = chunks(order, len(numbers) // args.num_minibatches)
+            plan.append([episodes.micro_batches(rows, args.micro_batch_size) for rows in minibatches])
+        logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)
+        labels = torch.zeros(len(responses), args.num_groups, device=device)  # (B, M)
         with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
-            for rows in [micro_batch for minibatch in plan[0] for micro_batch in minibatch]:
-                ids, mb_mask, tr, shift = right_aligned(
-                    rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                mb_values, mb_states = engines["critic"](ids, mb_mask, back[rows])
-                labels[rows] = engines["group_head"](mb_states)
-                mb_values = state_values(mb_values, tr, shift, args.response_length)
-                values[rows, : mb_values.shape[1]] = mb_values  # [detail 28] V_t is read before token t
-                logits = response_logits(ref_policy, ids, mb_mask, tr, args.temperature, forbidden)
-                ref_logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
-                logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
-                logprobs[rows, :tr] = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)
-                entropies[rows, :tr] = left_aligned(token_entropies(logits), shift)
-                del logits  # (b, tr, V): of all that is made here the largest
-        logprobs, ref_logprobs = logprobs * mask, ref_logprobs * mask  # [detail 30] [E15]
-        values = values * value_mask  # [detail 31]
+            for rows in sum(plan[0], []):
+                logprobs[rows] = response_logprobs(
+                    engines["policy"], episodes, rows, args, forbidden, entropies)
+                ref_logprobs[rows] = response_logprobs(ref_policy, episodes, rows, args, forbidden)
+                values[rows], states = values_and_states(engines["critic"], episodes, rows, args)
+                labels[rows] = engines["group_head"](states)
         clock.append(time.time())
 
-        # 6. rewards and advantages
-        kl = k1(logprobs, ref_logprobs)  # (B, Tr), 0 after EOS
-        kl_coefs, best_group = adaptive_kl_coefs(labels, normalized, args.kl_coef)  # [G10]
+        # 6. rewards and advantages (B, Tr)
+        kl = k1(logprobs, ref_logprobs)
+        kl_coefs, best_group = adaptive_kl_coefs(labels, normalized, args.kl_coef)  # [G10] (B,)
         kl_coefs = kl_coefs if args.dynamic_kl else torch.full_like(kl_coefs, args.kl_coef)
-        rewards = token_rewards(kl, normalized, lengths, kl_coefs[:, None])  # (B, Tr)
-        group_returns = normalized if args.invariance_estimator == "exact" else rewards.sum(1)  # [G5] (B,)
+        rewards = token_rewards(kl, normalized, episodes.lengths, kl_coefs[:, None])
+        # [G5] R_i: the exact estimator has no term for the KL that an episode pays
+        group_returns = normalized if args.invariance_estimator == "exact" else rewards.sum(1)
         gradient = label_gradient(labels, group_returns, args.group_variance)  # [G7] (B, M)
-        kappas = advantage_multiplier(labels, group_returns, args.beta_policy, args.group_variance)  # (B,)
+        kappas = advantage_multiplier(labels, group_returns, args.beta_policy, args.group_variance)
         if args.whiten_rewards:
-            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 24] [detail 35]
-        advantages, returns = gae(rewards, values, args.gamma, args.lam)  # [detail 36] returns before whitening
-        variance = masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask)
-        advantages = masked_whiten(advantages, mask)  # [detail 25] [detail 37]
-        if args.invariance_estimator == "exact":  # [G9]
-            cost = args.beta_policy * (labels * gradient).sum(1, keepdim=True)  # (B, 1); its mean is not 0 for mass
-            advantages -= (cost - all_sum(cost.sum()) / args.batch_size) * torch.rsqrt(variance + 1e-8)
-        else:  # [G8] after whitening, which would undo some of it, and before the clip, as it may be negative
+            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 35] over states
+        advantages, returns = gae(rewards, values, args.gamma, args.lam)
+        inverse_sd = torch.rsqrt(masked_variance(advantages, mask) + 1e-8)
+        advantages = masked_whiten(advantages, mask)  # [detail 37] over tokens; not the returns
+        if args.invariance_estimator == "exact":  # [G9] shares depend on the policy too
+            cost = args.beta_policy * (labels * gradient).sum(1, keepdim=True)  # (B, 1)
+            advantages -= (cost - all_sum(cost.sum()) / args.batch_size) * inverse_sd
+        else:  # [G8] after whitening, which would undo some of it; before the clip, as kappa may be negative
             advantages *= kappas[:, None]
-        saved_on_failure = {"queries": query_ids, "responses": responses}
-        stop_if_not_finite({"scores": scores, "values": values, "ref_logprobs": ref_logprobs, "logprobs": logprobs},
-                           saved_on_failure, folder, update)
+        saved_on_failure = {"queries": episodes.queries, "responses": episodes.responses}
+        stop_if_not_finite(
+            {"scores": scores, "values": values, "ref_logprobs": ref_logprobs, "logprobs": logprobs},
+            saved_on_failure, folder, update)
 
         # 7. update: epochs x minibatches optimizer steps
-        token_sums, state_sums = torch.zeros(5, device=device), torch.zeros(2, device=device)  # over all that count
-        counted, grad_norms = torch.zeros(2, device=device), torch.zeros(2, device=device)  # of tokens and states
-        ratio_max, trained = torch.zeros((), device=device), {}  # losses and gradient norms of each step, in order
+        epoch_logprobs, epoch_values = torch.zeros(2, args.num_ppo_epochs, *responses.shape, device=device)
+        norms = {name: [] for name in engines}  # gradient norms of each step
         for epoch in range(args.num_ppo_epochs):
-            for m, minibatch in enumerate(plan[epoch]):
-                members = [i for rows in minibatch for i in rows]
-                counts = all_sum(torch.stack([mask[members].sum(), value_mask[members].sum()]).float())
-                counted += counts
-                drift = torch.zeros((), device=device)
+            for minibatch in plan[epoch]:
+                members = sum(minibatch, [])
+                num_tokens, num_states = all_sum(
+                    torch.stack([mask[members].sum(), value_mask[members].sum()]).float())
                 for rows in minibatch:
-                    ids, mb_mask, tr, shift = right_aligned(
-                        rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                    logits = response_logits(engines["policy"], ids, mb_mask, tr, args.temperature, forbidden)
-                    new_logprobs = left_aligned(token_logprobs(logits, ids[:, -tr:]), shift)  # (b, tr)
-                    del logits
-                    token_mask = mask[rows, :tr]
-                    pg_losses, pg_clipped = policy_losses(
-                        new_logprobs, logprobs[rows, :tr], advantages[rows, :tr], args.cliprange)
-                    pg_loss = (pg_losses * token_mask).sum()
-                    engines["policy"].backward(pg_loss / counts[0] * world_size())  # [detail 40] [E2]
-                    with torch.no_grad():
-                        log_ratio = (new_logprobs - logprobs[rows, :tr]) * token_mask
-                        drift = torch.maximum(drift, log_ratio.abs().max())
-                        ratio_max = torch.maximum(ratio_max, log_ratio.max().exp())
-                        token_sums += torch.stack([
-                            pg_loss, (pg_clipped * token_mask).sum(), 0.5 * (log_ratio**2).sum(),
-                            (log_ratio.exp() * token_mask).sum(), (log_ratio.exp() ** 2 * token_mask).sum()])
-                if epoch == m == 0:  # [E14] nothing is trained yet: the ratio must be 1
-                    drift = float(all_max(drift))
-                    stop_if_not_finite({"first log-ratio": drift}, saved_on_failure, folder, update)
-                    if drift > 1e-4 and args.bf16:
-                        print0(f"warning: update {update}: first log ratio off by {drift:.1e} (bf16 rounding)")
-                    elif not drift <= 1e-4:
-                        fail(f"update {update}: log-probabilities moved by {drift:.1e} before any training. Scoring "
-                             "and update disagree: dropout, temperature, padding or the model's forward")
-                norm, where = optimizer_step(engines["policy"], lr), f"of epoch {epoch + 1}, minibatch {m + 1}"
-                grad_norms[0] += norm
-                trained |= {f"policy loss {where}": token_sums[0].clone(), f"policy gradient norm {where}": norm}
+                    new_logprobs = response_logprobs(engines["policy"], episodes, rows, args, forbidden)
+                    pg_losses, _ = policy_losses(
+                        new_logprobs, logprobs[rows], advantages[rows], args.cliprange)  # (b, Tr)
+                    # [detail 40] a mean over tokens, [E2] those of the whole step and of all ranks
+                    pg_loss = (pg_losses * mask[rows]).sum() / num_tokens
+                    engines["policy"].backward(pg_loss * world_size())  # DeepSpeed divides by the ranks
+                    epoch_logprobs[epoch, rows] = new_logprobs.detach()
+                if not norms["policy"]:  # [E14] nothing is trained yet: the ratio must be 1
+                    log_ratio = epoch_logprobs[0, members] - logprobs[members]
+                    check_first_ratio(log_ratio, saved_on_failure, folder, update, args.bf16)
+                norms["policy"].append(optimizer_step(engines["policy"], lr))
 
-                for rows in minibatch:  # only now, as the policy's gradients are gone
-                    ids, mb_mask, tr, shift = right_aligned(
-                        rows, sequences, response_lengths, tokenizer.pad_token_id, device)
-                    new_values, states = engines["critic"](ids, mb_mask, back[rows])
-                    new_values = state_values(new_values, tr, shift, args.response_length)
-                    tv = new_values.shape[1]  # tr + 1: the state after the last token has a value as well
-                    vf_losses, vf_clipped = value_losses(
-                        new_values, values[rows, :tv], returns[rows, :tv], args.cliprange_value)
-                    vf_loss = (vf_losses * value_mask[rows, :tv]).sum()
-                    loss = args.vf_coef * vf_loss / counts[1] * world_size()  # [detail 39]
-                    if args.beta_critic and epoch == 0:  # [G7] a sum over all episodes, linear in the labels
+                for rows in minibatch:  # only now: the policy's gradients are gone
+                    new_values, states = values_and_states(engines["critic"], episodes, rows, args)
+                    vf_losses, _ = value_losses(
+                        new_values, values[rows], returns[rows], args.cliprange_value)  # (b, Tr)
+                    vf_loss = args.vf_coef * (vf_losses * value_mask[rows]).sum() / num_states
+                    if args.beta_critic and epoch == 0:  # [G7] stage 1: up V, by the rollout's gradient
+                        # two engines, one backward each: the head's stops at a leaf, and its gradient there
+                        # goes on into the critic with the value loss
                         leaf = states.detach().requires_grad_()
                         gain = (engines["group_head"](leaf) * gradient[rows]).sum() / args.batch_size
-                        engines["group_head"].backward(-args.beta_critic * gain * args.num_minibatches * world_size())
-                        if not args.detach_group_trunk:
-                            loss = loss + (leaf.grad * states).sum()  # the head's gradient, on into the critic
-                    engines["critic"].backward(loss)
-                    state_sums += torch.stack([vf_loss, (vf_clipped * value_mask[rows, :tv]).sum()]).detach()
+                        head_loss = -args.beta_critic * gain * args.num_minibatches
+                        engines["group_head"].backward(head_loss * world_size())
+                        vf_loss = vf_loss + (leaf.grad * states).sum() / world_size()
+                    engines["critic"].backward(vf_loss * world_size())
+                    epoch_values[epoch, rows] = new_values.detach()
                 if args.beta_critic and epoch == 0:
-                    group_norm = optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)
-                    trained |= {f"group head gradient norm {where}": group_norm}
-                norm = optimizer_step(engines["critic"], critic_lr)
-                grad_norms[1] += norm
-                trained |= {f"value loss {where}": state_sums[0].clone(), f"critic gradient norm {where}": norm}
+                    norm = optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)
+                    norms["group_head"].append(norm)
+                norms["critic"].append(optimizer_step(engines["critic"], critic_lr))
         clock.append(time.time())
 
-        # 8. log: masked means over counted tokens or over episodes, on all ranks [E8]
-        episode_sums = all_sum(torch.stack([x.sum() for x in (
-            scores, kl, k3(logprobs, ref_logprobs), -logprobs, lengths.float(), ended.float(),
-            torch.tensor(golds, device=device))]))  # no golds without a judge
-        score, mean_kl, mean_k3, entropy, length, share_ended, gold = (episode_sums / args.batch_size).tolist()
-        sums = torch.stack([normalized.sum(), kl_coefs.sum(), kl_coefs @ kl.sum(1), torch.special.entr(labels).sum()])
-        normal, kl_coef, kl_cost, label_entropy = (all_sum(sums) / args.batch_size).tolist()
-        pg_loss, pg_clipfrac, approx_kl, ratio, ratio_square = (all_sum(token_sums) / counted[0]).tolist()
-        vf_loss, vf_clipfrac = (all_sum(state_sums) / counted[1]).tolist()
-        steps = args.num_ppo_epochs * args.num_minibatches
-        residual = returns - values
-        unexplained = masked_mean((residual - masked_mean(residual, value_mask)) ** 2, value_mask)
-        variance = masked_mean((returns - masked_mean(returns, value_mask)) ** 2, value_mask)
-        metrics = {
-            "objective/scores": score, "objective/kl": mean_kl, "objective/kl_k3": mean_k3,
-            "objective/entropy": entropy, "objective/non_score_reward": -kl_cost,
-            "objective/rlhf_reward": normal - kl_cost, "objective/kl_coef": kl_coef,
-            "policy/entropy_avg": masked_mean(entropies, mask), "policy/approxkl_avg": approx_kl,
-            "policy/clipfrac_avg": pg_clipfrac, "policy/grad_norm": grad_norms[0] / steps,
-            "loss/policy_avg": pg_loss, "loss/value_avg": vf_loss,
-            "val/clipfrac_avg": vf_clipfrac, "val/grad_norm": grad_norms[1] / steps,
-            "val/ratio": ratio, "val/ratio_var": ratio_square - ratio**2, "val/ratio_max": all_max(ratio_max),
-            "val/explained_variance": 1 - unexplained / variance.clamp(min=1e-8),
-            "val/length": length, "val/ended": share_ended,
-            "lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
-        shares, means = group_means(labels, normalized)
-        order = means.argsort(descending=True)  # group_0 has the highest score, whichever column of the labels it is
-        for name, found in (("score", scores), ("return", rewards.sum(1)), ("kl", kl.sum(1)), ("length", lengths)):
-            found = group_means(labels, found)[1][order].tolist()
-            metrics |= {f"group_{place}/{name}": mean for place, mean in enumerate(found)}
-        metrics |= {f"group_{place}/share": float(shares[g]) for place, g in enumerate(order)}
-        metrics |= {
-            "groups/gap": metrics["group_0/return"] - metrics[f"group_{args.num_groups - 1}/return"],
-            "groups/variance": group_variance(labels, group_returns, args.group_variance),
-            "groups/label_entropy": label_entropy, "groups/kappa_min": -all_max(-kappas.min()),
-            "groups/kappa_max": all_max(kappas.max())}
-        if group_of:
-            metrics["groups/auc"] = auc_of_groups(labels[:, best_group], scores, map(group_of.get, query_texts))
+        # 8. log
+        metrics = update_metrics(
+            episodes, epoch_logprobs, logprobs, advantages, epoch_values, values, returns, args)
+        metrics["policy/grad_norm"] = sum(norms["policy"]) / len(norms["policy"])
+        metrics["val/grad_norm"] = sum(norms["critic"]) / len(norms["critic"])
+        metrics["groups/grad_norm"] = sum(norms["group_head"]) / max(1, len(norms["group_head"]))
+        kl_cost = kl_coefs * kl.sum(1)  # (B,)
+        of_episodes = {
+            "objective/scores": scores, "objective/kl": kl, "objective/kl_k3": k3(logprobs, ref_logprobs),
+            "objective/entropy": -logprobs, "objective/non_score_reward": -kl_cost,
+            "objective/rlhf_reward": normalized - kl_cost, "objective/kl_coef": kl_coefs,
+            "groups/label_entropy": torch.special.entr(labels),
+            "val/length": episodes.lengths, "val/ended": episodes.ended}
         if gold_function:
-            metrics["objective/gold"] = gold
-        stop_if_not_finite(trained | metrics, saved_on_failure, folder, update)
+            texts = episodes.query_texts, episodes.response_texts
+            golds = call_judge(gold_function, "--gold_function", *texts)
+            of_episodes["objective/gold"] = torch.tensor(golds, device=device)
+        metrics |= episode_means(of_episodes, args.batch_size)
+        metrics["policy/entropy_avg"] = masked_mean(entropies, mask)
+        metrics |= group_metrics(labels, normalized, {
+            "score": scores, "return": rewards.sum(1), "kl": kl.sum(1), "length": episodes.lengths})
+        metrics["groups/variance"] = group_variance(labels, group_returns, args.group_variance)
+        metrics |= {"groups/kappa_min": -all_max(-kappas.min()), "groups/kappa_max": all_max(kappas.max())}
+        if group_of:
+            names = [group_of.get(text) for text in episodes.query_texts]
+            metrics["groups/auc"] = auc_of_groups(labels[:, best_group], scores, names)
+        metrics |= {"lr": lr, "critic_lr": critic_lr, "episode": update * args.batch_size}
+        stop_if_not_finite(metrics, saved_on_failure, folder, update)
         seconds = dict(zip(("generate", "score", "train"), np.diff(clock)))
         tracker.log(update, metrics | {f"time/{name}_seconds": value for name, value in seconds.items()} | {
-            "time/generate_tokens_per_second": length * args.batch_size / seconds["generate"]})
-        tracker.line(update, args.num_updates, score=(score, "6.3f"), gold=(metrics.get("objective/gold"), ".3f"),
-                     kl=(mean_kl, "6.2f"), length=(length, "4.1f"), ended=(share_ended, ".2f"),
-                     gap=(metrics["groups/gap"], "5.2f"), entropy=(float(metrics["policy/entropy_avg"]), ".2f"))
-        if mean_kl > 40:
-            print0("warning: KL above 40 nats. In the paper such runs had the best scores and the worst texts")
+            "time/generate_tokens_per_second": metrics["val/length"] * args.batch_size / seconds["generate"]})
+        tracker.line(
+            update, args.num_updates, score=(metrics["objective/scores"], "6.3f"),
+            gold=(metrics.get("objective/gold"), ".3f"), kl=(metrics["objective/kl"], "6.2f"),
+            length=(metrics["val/length"], "4.1f"), ended=(metrics["val/ended"], ".2f"),
+            gap=(metrics["groups/gap"], "5.2f"),
+            entropy=(metrics["policy/entropy_avg"], ".2f"))
+        if metrics["objective/kl"] > 40:
+            print0("warning: KL above 40 nats. In the paper such runs had the best scores, the worst texts")
 
         # 9. evaluate, keep the best, save
         if update % args.eval_every == 0 or update == args.num_updates:
             after, samples = evaluate(update)
-            if after["eval/rlhf_reward"] > state["best"]:
-                state["best"] = after["eval/rlhf_reward"]
+            if after["eval/rlhf_reward"] > progress["best"]:
+                progress["best"] = after["eval/rlhf_reward"]
                 save_model(engines["policy"], policy, tokenizer, folder / "best")
         stop = interrupted(device)  # by SIGTERM
         if (stop or update % args.save_every == 0) and update < args.num_updates:
-            save_checkpoint(folder, update, engines, state)
+            save_checkpoint(folder, update, engines, progress)
             if stop:
                 leave_interrupted(folder, update)
 
@@ -967,17 +992,19 @@ def main(args: Args):
     save_model(engines["policy"], policy, tokenizer, folder)
     save_model(engines["critic"], critic.classifier, tokenizer, folder / "critic")
     save_weights(engines["group_head"], folder / "group_head.safetensors")
-    model_card(folder, "group_invariant_ppo.py", args.sft_model, args.prompts, [
-        f"Held-out score {state['before']['eval/score']:.3f} -> {after['eval/score']:.3f}, "
+    before = progress["before"]
+    model_card(folder, f"{script}.py", args.sft_model, args.prompts, [
+        f"Held-out score {before['eval/score']:.3f} -> {after['eval/score']:.3f}, "
         f"KL {after['eval/kl']:.2f}."])
-    side_by_side = [{"query": row["query"], "before": before, "after": row["response"], "score": row["score"]}
-                    for row, before in zip(samples, state["samples_before"])]
-    tracker.close({"before": state["before"], "after": after, "best_rlhf_reward": state["best"],
+    side_by_side = [
+        {"query": row["query"], "before": text_before, "after": row["response"], "score": row["score"]}
+        for row, text_before in zip(samples, progress["samples_before"])]
+    tracker.close({"before": before, "after": after, "best_rlhf_reward": progress["best"],
                    "episodes": args.num_updates * args.batch_size, "samples": side_by_side})
     for row in side_by_side[:8]:
         print0(f"\n{row['query']}\n  before:{row['before']}\n  after: {row['after']}")
-    print0(f"\nsaved {folder}: score {state['before']['eval/score']:.3f} -> {after['eval/score']:.3f}" + (
-        f", gold {state['before']['eval/gold']:.3f} -> {after['eval/gold']:.3f}" if gold_function else ""))
+    gold = f", gold {before['eval/gold']:.3f} -> {after['eval/gold']:.3f}" if gold_function else ""
+    print0(f"\nsaved {folder}: score {before['eval/score']:.3f} -> {after['eval/score']:.3f}{gold}")
     finish()
 
 

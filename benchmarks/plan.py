@@ -1,6 +1,6 @@
 """Memory and time of ppo.py before it runs: python -m benchmarks.plan --model pythia-6.9b --gpus 8 --zero 2 --bf16
 
-Two updates of ppo.py run on the meta device, which has shapes and no data: its own generate, response_logits,
+Two updates of ppo.py run on the meta device, which has shapes and no data: its own generate, response_logprobs,
 ScalarModel and losses, backward passes and AdamW, with buffers where DeepSpeed 0.19 has them. A ledger counts
 the bytes that are alive (so the peaks are those of the real order of events) and charges every operator the longest of
 three times: arithmetic, memory traffic, launch. Communication is bytes over the slower link, overlapped with nothing.
@@ -353,9 +353,9 @@ def simulate(config, args, ranks):
             model_on_gpu = resident("critic") if args.offload_frozen else None
             with torch.no_grad():
                 ids = torch.cat([queries, responses], dim=1)[:micro].clone()
-                mb_mask, shift = torch.ones_like(ids, dtype=torch.bool), torch.zeros(micro, dtype=torch.long)
+                attention_mask, shift = torch.ones_like(ids, dtype=torch.bool), torch.zeros(micro, dtype=torch.long)
                 ledger.padded = args.padded and micro > 1
-                scores = ppo.at_last_token(reward_model(ids, mb_mask), mb_mask)
+                scores = ppo.at_last_token(reward_model(ids, attention_mask), attention_mask)
             del model_on_gpu
             ledger.lap("reward model")
 
@@ -363,16 +363,15 @@ def simulate(config, args, ranks):
             gathered = engines["policy"].empty(min(LIVE, count(policy))) if args.zero_stage == 3 else None
             model_on_gpu = resident("policy") if args.offload_frozen else None
             logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape)
+            rows, batch = slice(0, micro), SimpleNamespace(  # the longest micro-batch of the episodes
+                batch=lambda rows: (ids, attention_mask, tr, shift), mask=mask, value_mask=mask)
+            settings = SimpleNamespace(temperature=0.7, response_length=tr)
             with torch.no_grad():
                 for _ in range(2):
                     ledger.lap(None)
-                    ppo.state_values(critic(ids, mb_mask), tr, shift, tr)
-                    logits = ppo.response_logits(ref_policy, ids, mb_mask, tr, 0.7, forbidden)
-                    ppo.token_logprobs(logits, ids[:, -tr:])
-                    logits = ppo.response_logits(policy, ids, mb_mask, tr, 0.7, forbidden)
-                    ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
-                    ppo.token_entropies(logits)
-                    del logits
+                    logprobs[rows] = ppo.response_logprobs(policy, batch, rows, settings, forbidden, entropies)
+                    ref_logprobs[rows] = ppo.response_logprobs(ref_policy, batch, rows, settings, forbidden)
+                    values[rows] = ppo.response_values(critic, batch, rows, settings)
             del model_on_gpu
             ledger.lap("scoring")
 
@@ -381,10 +380,9 @@ def simulate(config, args, ranks):
             for _ in range(2):
                 ledger.lap(None)
                 before = ledger.live
-                new_logprobs = ppo.left_aligned(ppo.token_logprobs(
-                    ppo.response_logits(policy, ids, mb_mask, tr, 0.7, forbidden), ids[:, -tr:]), shift)
-                pg_losses, pg_clipped = ppo.policy_losses(new_logprobs, logprobs[:micro], logprobs[:micro], 0.2)
-                pg_loss = (pg_losses * mask[:micro]).sum()
+                new_logprobs = ppo.response_logprobs(policy, batch, rows, settings, forbidden)
+                pg_losses, _ = ppo.policy_losses(new_logprobs, logprobs[rows], logprobs[rows], 0.2)
+                pg_loss = (pg_losses * mask[rows]).sum()
                 saved["policy"] = ledger.live - before
                 engines["policy"].backward(pg_loss)
             ledger.lap("policy pass")
@@ -393,9 +391,9 @@ def simulate(config, args, ranks):
             for _ in range(2):
                 ledger.lap(None)
                 before = ledger.live
-                new_values = ppo.state_values(critic(ids, mb_mask), tr, shift, tr)
-                vf_losses, vf_clipped = ppo.value_losses(new_values, values[:micro], values[:micro], 0.2)
-                vf_loss = (vf_losses * mask[:micro]).sum()
+                new_values = ppo.response_values(critic, batch, rows, settings)
+                vf_losses, _ = ppo.value_losses(new_values, values[rows], values[rows], 0.2)
+                vf_loss = (vf_losses * mask[rows]).sum()
                 saved["critic"] = ledger.live - before
                 engines["critic"].backward(vf_loss)
             gathered = None
@@ -403,12 +401,12 @@ def simulate(config, args, ranks):
             engines["critic"].step()
             ledger.lap("critic step")
 
-            # 9. evaluation: response_logits of two models
+            # 9. evaluation: response_logprobs of two models
             model_on_gpu = resident("policy") if args.offload_frozen else None
             ledger.padded = args.padded and micro > 1
             with torch.no_grad():
-                held = ppo.token_logprobs(ppo.response_logits(policy, ids, mb_mask, tr, 0.7, forbidden), ids[:, -tr:])
-                ppo.token_logprobs(ppo.response_logits(ref_policy, ids, mb_mask, tr, 0.7, forbidden), ids[:, -tr:])
+                for model in (policy, ref_policy):
+                    ppo.response_logprobs(model, batch, rows, settings, forbidden)
             del model_on_gpu
             ledger.lap("evaluation")
     laps = ledger.laps

@@ -199,7 +199,7 @@ def run_rollouts(folder, workload, repeats):
 
     def ours(repeat, tokens):
         noise = ppo.sampling_noise(0, repeat, range(len(prompts)), tokens)
-        return ppo.rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids, device)
+        return ppo.rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids)
 
     def generate(**settings):
         for some in ppo.chunks(prompts, size):
@@ -218,7 +218,7 @@ def run_rollouts(folder, workload, repeats):
             result = way(repeat)
             seconds[name].append(now() - start)
             if name == "ours":
-                all_drawn.append(result[1].tolist())
+                all_drawn.append((result != tokenizer.pad_token_id).sum(1).tolist())
     config = model.config
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - (
         0 if config.tie_word_embeddings else model.get_input_embeddings().weight.nbytes)  # of that, a row is looked up

@@ -16,20 +16,22 @@ from benchmarks.ppo_speed import WORKLOADS, make_workload, run_ours
 
 UNDONE = {  # name: [(text of ppo.py, what stands there without the optimisation), ...]
     "ended rows are decoded to the end": [("if len(going_on) < len(alive):", "if False:")],
-    "logits of the prompts too": [("logits_to_keep=response_width + 1).logits[:, :-1]",
-                                   "logits_to_keep=0).logits[:, -response_width - 1 : -1]")],
-    "micro-batches of any lengths": [("rows.sort(key=lambda i: -len(sequences[i]))", "pass")],
-    "micro-batches shortest first": [
-        ("rows.sort(key=lambda i: -len(sequences[i]))", "rows.sort(key=lambda i: len(sequences[i]))")],
+    "logits of the prompts too": [("logits_to_keep=width + 1).logits[:, :-1]",
+                                   "logits_to_keep=0).logits[:, -width - 1 : -1]")],
+    "micro-batches of any lengths": [("chunks(sorted(rows, key=lambda i: -len(self.sequences[i])), size)",
+                                      "chunks(rows, size)")],
+    "micro-batches shortest first": [("sorted(rows, key=lambda i: -len(self.sequences[i]))",
+                                      "sorted(rows, key=lambda i: len(self.sequences[i]))")],
     "queries and responses padded apart": [(
-        '''    tr = max(lengths[i] for i in rows)
-''', '''    tr = max(lengths[i] for i in rows)
-    apart = max(len(sequences[i]) - lengths[i] for i in rows) + tr - ids.shape[1]
-    ids, mask = (torch.nn.functional.pad(x, (apart, 0)) for x in (ids, mask))
+        '''        return ids, attention_mask, width, width - self.lengths[rows]
+''', '''        apart = max(len(self.queries[i]) for i in rows) + width - ids.shape[1]
+        ids, attention_mask = (torch.nn.functional.pad(x, (apart, 0)) for x in (ids, attention_mask))
+        return ids, attention_mask, width, width - self.lengths[rows]
 ''')],
     "AdamW not fused": [("fused=True", "fused=False")],
     "micro-batches of at most 1,024 tokens": [
-        ("chunks(rows, args.micro_batch_size) for rows", "by_tokens(rows, sequences) for rows"),
+        ("chunks(sorted(rows, key=lambda i: -len(self.sequences[i])), size)",
+         "by_tokens(sorted(rows, key=lambda i: -len(self.sequences[i])), self.sequences)"),
         ("# ---- Main ---", '''def by_tokens(rows, sequences):
     batches = []
     for i in rows:  # the longest first

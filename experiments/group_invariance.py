@@ -149,12 +149,12 @@ def control(name, groups, seed):
     the true groups. reweight: each true group has the mean of its multipliers. groups: {prompt ids: easy, 1 or 0}.
     """
     real = {function: getattr(gi, function) for function in (
-        "join", "normalize", "label_gradient", "advantage_multiplier", "adaptive_kl_coefs")}
+        "Episodes", "normalize", "label_gradient", "advantage_multiplier", "adaptive_kl_coefs")}
     rng, batch = np.random.default_rng((seed, 5)), {}
 
-    def join(queries, *others):  # the last call before the multipliers is that of the update's episodes
-        batch["easy"] = torch.tensor([groups[tuple(query)] if groups else 0 for query in queries])
-        return real["join"](queries, *others)
+    def episodes(prompts, *others):  # the last ones before the multipliers are those of the update
+        batch["easy"] = torch.tensor([groups[tuple(query)] if groups else 0 for query, _ in prompts])
+        return real["Episodes"](prompts, *others)
 
     def normalize(scores, *others):
         below, same = scores[:, None] > scores, scores[:, None] == scores
@@ -183,7 +183,7 @@ def control(name, groups, seed):
         return real["adaptive_kl_coefs"](other_labels(labels), *others)
 
     try:
-        gi.join, gi.normalize, gi.label_gradient = join, normalize, gradient
+        gi.Episodes, gi.normalize, gi.label_gradient = episodes, normalize, gradient
         gi.advantage_multiplier, gi.adaptive_kl_coefs = multiplier, kl_coefs
         yield
     finally:

@@ -145,7 +145,7 @@ GROUPS = {  # group_invariant.md 2.1 and 1.3; total_episodes is MOSS-RLHF's, len
         num_minibatches=1, num_updates=1000, prompts="Anthropic/hh-rlhf", response_length=512, temperature=0.8,
         top_p=0.9, repetition_penalty=1.1, kl_coef=0.05, gamma=1.0, lam=0.95, cliprange=0.2, cliprange_value=0.2,
         vf_coef=1.0, score_clip=5.0, whiten_rewards=False, num_groups=2, beta_critic=1.0, beta_policy=0.01, dynamic_kl=True,
-        group_level="trajectory", group_variance="mass", detach_group_trunk=False),
+        group_level="trajectory", group_variance="mass"),
 }
 MEMORY = {"1b": (16, 64, False), "2.8b": (4, 32, False), "6.9b": (1, 4, True)}  # micro-batch, rollout, offload
 

@@ -135,7 +135,7 @@ def test_the_group_head_reads_the_last_state_of_each_row_or_of_its_query(classif
     for row, length, state in zip(rows, back.tolist(), states):
         hidden = classifier.base_model(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state
         torch.testing.assert_close(state, hidden[0, len(row) - 1 - length], rtol=0, atol=1e-4)
-    critic.mean, critic.sd = 0.5, 2.0
+    critic.units = 0.5, 2.0
     torch.testing.assert_close(critic(ids, mask, back)[0], (values - 0.5) / 2)
     labels = group_invariant_ppo.GroupHead(classifier.score.in_features, 3, seed=1)(states)
     assert labels.shape == (3, 3) and len(set(labels.flatten().tolist())) == 9

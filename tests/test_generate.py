@@ -174,19 +174,20 @@ def test_generate_rows_do_not_depend_on_their_batch(tiny_lm):
 
 
 def test_rollout_does_not_depend_on_the_rollout_batch_size(tiny_lm):
-    """Rollouts decoded 1, 3 or 8 at a time are the same rows in the same order, truncated (E11)."""
+    """Rollouts decoded 1, 3 or 8 at a time are the same rows in the same order, PAD after EOS (E11)."""
     lengths = [3, 9, 1, 6, 4, 2, 8, 5]
     queries, mask = left_padded(lengths)
     prompts = [(row[kept].tolist(), "") for row, kept in zip(queries, mask)]
     tokenizer, results = SimpleNamespace(pad_token_id=PAD), []
     for size in (1, 3, 8):
         args = SimpleNamespace(temperature=0.7, top_p=0.95, repetition_penalty=1.2, rollout_batch_size=size)
-        results.append(ppo.rollout(biased_to(tiny_lm, EOS, 2.0) if size == 1 else tiny_lm, prompts, uniforms(8, 10), args,
-                                   tokenizer, FORBIDDEN, torch.tensor([EOS]), "cpu"))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        model = biased_to(tiny_lm, EOS, 2.0) if size == 1 else tiny_lm
+        results.append(ppo.rollout(
+            model, prompts, uniforms(8, 10), args, tokenizer, FORBIDDEN, torch.tensor([EOS])))
+    assert all(torch.equal(results[0], other) for other in results[1:])
     alone = sample(tiny_lm, queries, mask, uniforms(8, 10), top_p=0.95, penalty=1.2)
-    assert torch.equal(results[0][0], alone)
+    assert torch.equal(results[0], alone)
+    assert ((alone == EOS).any(1) & (alone == PAD).any(1)).any()  # what follows EOS is PAD
 
 
 def test_detail_23_eos_is_sampled_and_pad_follows(tiny_lm):

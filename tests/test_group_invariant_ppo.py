@@ -21,7 +21,7 @@ import ppo
 from test_ppo import assets, byte_reward_model  # fixtures
 from test_ppo import digest, recording, relative_error
 from test_ppo import rows, rows_of, training, weights
-from utils.data import auc_of_groups, load_grouped_prompts, load_prompts, pad
+from utils.data import load_grouped_prompts, load_prompts, pad
 from utils.launch import create_engine, init_distributed
 from utils.models import save_weights
 
@@ -409,7 +409,7 @@ def test_critic_values_in_units_and_the_state_of_the_right_token(tiny_classifier
     sequences = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14, 0], [0, 15, 16, 17, 0]]
     ids, mask = pad(sequences, 60, "left")
     plain, states = critic(ids, mask, torch.tensor(backs))
-    critic.mean, critic.sd = 1.5, 4.0
+    critic.units = 1.5, 4.0
     values, _ = critic(ids, mask, torch.tensor(backs))
     for i, row in enumerate(sequences):
         hidden = tiny_classifier.base_model(torch.tensor([row])).last_hidden_state
@@ -417,7 +417,7 @@ def test_critic_values_in_units_and_the_state_of_the_right_token(tiny_classifier
         close(plain[i, -len(row) :], raw, 1e-5)
         close(values[i, -len(row) :], (raw - 1.5) / 4, 1e-5)
         close(states[i], hidden[0, len(row) - 1 - backs[i]], 1e-5)
-    critic.sd = 0.0  # a first rollout of equal scores
+    critic.units = 1.5, 0.0  # a first rollout of equal scores
     close(critic(ids, mask, torch.tensor(backs))[0], plain - 1.5, 1e-5)
 
 
@@ -438,24 +438,24 @@ def test_auc_of_groups_equals_a_double_loop():
         probabilities = torch.randint(0, 6, (40,), generator=generator) / 6
         scores = torch.randn(40, generator=generator)
         expected = slow_auc(probabilities.tolist(), scores.tolist(), names)
-        close(auc_of_groups(probabilities, scores, names), expected, 1e-12)
+        close(gip.auc_of_groups(probabilities, scores, names), expected, 1e-12)
 
 
 def test_auc_of_groups_by_hand():
     """Best by score, not by name: 1 where all of its probabilities are larger, 0 where smaller, a tie counts half."""
     p, scores = torch.tensor([0.9, 0.8, 0.2, 0.1]), torch.tensor([1.0, 2.0, 0.0, 0.5])
-    assert auc_of_groups(p, scores, ["z", "z", "a", "a"]) == 1.0 == auc_of_groups(p, scores, ["a", "a", "z", "z"])
-    assert auc_of_groups(p, -scores, ["z", "z", "a", "a"]) == 0.0
-    assert auc_of_groups(p, scores, ["z", "a", "z", "a"]) == 0.25  # a is the best, .8 and .1 against .9 and .2
-    assert auc_of_groups(p * 0, scores, ["z", "z", "a", "a"]) == 0.5
-    assert auc_of_groups(p, scores, ["z", "a", None, None]) == 0.0  # 0.8 of the better a, 0.9 of z
-    assert auc_of_groups(p, scores, ["", "", "a", "a"]) == 1.0  # a group without a name is one
+    assert gip.auc_of_groups(p, scores, ["z", "z", "a", "a"]) == 1.0 == gip.auc_of_groups(p, scores, ["a", "a", "z", "z"])
+    assert gip.auc_of_groups(p, -scores, ["z", "z", "a", "a"]) == 0.0
+    assert gip.auc_of_groups(p, scores, ["z", "a", "z", "a"]) == 0.25  # a is the best, .8 and .1 against .9 and .2
+    assert gip.auc_of_groups(p * 0, scores, ["z", "z", "a", "a"]) == 0.5
+    assert gip.auc_of_groups(p, scores, ["z", "a", None, None]) == 0.0  # 0.8 of the better a, 0.9 of z
+    assert gip.auc_of_groups(p, scores, ["", "", "a", "a"]) == 1.0  # a group without a name is one
 
 
 @pytest.mark.parametrize("groups", [["a"] * 3, [None] * 3, ["a", None, "a"]])
 def test_auc_of_one_group_is_one_half(groups):
     """There is nothing to compare with."""
-    assert auc_of_groups(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1.0, 2.0, 3.0]), groups) == 0.5
+    assert gip.auc_of_groups(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([1.0, 2.0, 3.0]), groups) == 0.5
 
 
 def test_grouped_prompts_are_the_prompts_and_their_groups(tmp_path):
@@ -511,8 +511,8 @@ def run(flags, folder, script=gip, **changes):
 
 
 SPIED = ("sampling_noise", "rollout", "score_responses", "running_moments", "normalize", "adaptive_kl_coefs",
-         "label_gradient", "advantage_multiplier", "token_rewards", "gae", "masked_whiten", "right_aligned",
-         "policy_losses", "value_losses", "auc_of_groups")
+         "label_gradient", "advantage_multiplier", "token_rewards", "gae", "masked_whiten", "response_logprobs",
+         "values_and_states", "policy_losses", "value_losses", "auc_of_groups")
 
 
 def observe(flags, folder, scale=10.0, **changes):
@@ -523,15 +523,17 @@ def observe(flags, folder, scale=10.0, **changes):
     the head's first weights; updates: what each update computed.
     """
     o = SimpleNamespace(flags={**flags, **changes}, folder=folder, calls=defaultdict(list), names=[], steps=[], held=[],
-                        units=[], engines=[], rows=None, updates=[])
+                        units=[], engines=[], rows=None, updates=[], episodes=[])
 
     def spy(name, original):
         def wrapper(*args, **kwargs):
             result = original(*args, **kwargs)
-            if name == "right_aligned":
-                o.rows = args[0]
+            if name in ("response_logprobs", "values_and_states"):
+                o.rows = args[2]
+            if name == "score_responses":
+                o.episodes.append(args[2])
             if name == "gae":
-                o.units.append((o.engines[1].module.mean, o.engines[1].module.sd))
+                o.units.append(tuple(o.engines[1].module.units))
             kept = result.clone() if isinstance(result, torch.Tensor) else result  # as main may change it in place
             o.calls[name].append(SimpleNamespace(args=args, kwargs=kwargs, result=kept, rows=o.rows))
             o.names.append(name)
@@ -561,23 +563,24 @@ def observe(flags, folder, scale=10.0, **changes):
         o.metrics = run(o.flags, folder)
     o.args = gip.Args(**o.flags)
     trains = [call.args[1] > 0 for call in o.calls["sampling_noise"]]  # evaluations have the noise of update 0
-    new, scored = ([call for call, kept in zip(o.calls[name], trains, strict=True) if kept]
-                   for name in ("rollout", "score_responses"))
-    batches = len(o.calls["policy_losses"]) // len(new)
+    new, scored, episodes = ([call for call, kept in zip(calls, trains, strict=True) if kept]
+                             for calls in (o.calls["rollout"], o.calls["score_responses"], o.episodes))
+    batches = len(o.calls["policy_losses"]) // len(new) - 1  # the last call of an update is for its metrics
     for u in range(len(new)):
-        responses, lengths, ended = new[u].result
+        responses, lengths, ended = gip.truncate_at_eos(new[u].result, torch.tensor([0]), 1)
         mask, value_mask = gip.response_masks(lengths, o.args.response_length)
+        assert torch.equal(responses, episodes[u].responses)
         gradient, multiplier, token_rewards, gae = (
             o.calls[name][u] for name in ("label_gradient", "advantage_multiplier", "token_rewards", "gae"))
         o.updates.append(SimpleNamespace(
-            prompts=[ids for ids, _ in new[u].args[1]], texts=[text for _, text in new[u].args[1]],
+            number=u, prompts=[ids for ids, _ in new[u].args[1]], texts=[text for _, text in new[u].args[1]],
             responses=responses, lengths=lengths, ended=ended, mask=mask, value_mask=value_mask,
             scores=scored[u].result, labels=gradient.args[0], group_returns=gradient.args[1], gradient=gradient.result,
             kappas=multiplier.result, kl=token_rewards.args[0], normalized=token_rewards.args[1],
             coefs=token_rewards.args[3], token_rewards=token_rewards.result, rewards=gae.args[0], values=gae.args[1],
             advantages=gae.result[0], returns=gae.result[1],
-            policy_losses=o.calls["policy_losses"][batches * u : batches * (u + 1)],
-            value_losses=o.calls["value_losses"][batches * u : batches * (u + 1)]))
+            policy_losses=o.calls["policy_losses"][(batches + 1) * u : (batches + 1) * (u + 1) - 1],
+            value_losses=o.calls["value_losses"][(batches + 1) * u : (batches + 1) * (u + 1) - 1]))
     return o
 
 
@@ -752,7 +755,7 @@ def test_nothing_that_groups_decide_has_a_gradient(spied):
     for u in spied.updates:
         for name in ("labels", "group_returns", "gradient", "kappas", "coefs", "rewards", "values", "returns"):
             assert not getattr(u, name).requires_grad, name
-    for call in spied.calls["policy_losses"] + spied.calls["value_losses"]:
+    for call in (call for u in spied.updates for call in u.policy_losses + u.value_losses):
         assert call.args[0].requires_grad and not call.args[1].requires_grad and not call.args[2].requires_grad
 
 
@@ -803,18 +806,18 @@ def oracle(o, detach=False):
     dict(), dict(group_variance="uniform", group_level="prompt", num_groups=3, micro_batch_size=3),
     dict(invariance_estimator="exact", group_variance="uniform", micro_batch_size=16),
     dict(invariance_estimator="exact", group_level="prompt", dynamic_kl=False),
-    dict(detach_group_trunk=True), dict(beta_critic=0.25)],
-    ids=["default", "uniform-prompt", "exact-uniform", "exact-prompt", "detach", "beta"])
+    dict(beta_critic=0.25)],
+    ids=["default", "uniform-prompt", "exact-uniform", "exact-prompt", "beta"])
 def test_g7_gradients_of_head_and_trunk_equal_autograd(grouped, tmp_path, changes):
     """Micro-batch by micro-batch, head and critic get the gradient of value loss - beta_critic * variance over all
-    episodes in one go, to 1e-4, or with --detach_group_trunk the critic gets that of its value loss alone. Labels are
-    of queries or of trajectories (T4, T13, G4, G7, pitfalls 2, 10, 18)."""
+    episodes in one go, to 1e-4, which is not that of the critic's value loss alone. Labels are of queries or of
+    trajectories (T4, T13, G4, G7, pitfalls 2, 10, 18)."""
     o = observe(grouped, tmp_path / "run", total_episodes=16, num_ppo_epochs=1, **changes)
-    critic, head, labels = oracle(o, o.args.detach_group_trunk)
+    critic, head, labels = oracle(o)
     close(o.updates[0].labels, labels, 1e-5)
     assert relative_error(steps_of(o, "group_head")[0].gradient, head) < 1e-4
     assert relative_error(steps_of(o, "critic")[0].gradient, critic) < 1e-4
-    other = oracle(o, not o.args.detach_group_trunk)[0]
+    other = oracle(o, detach=True)[0]
     assert relative_error(critic, other) > 5e-3  # the variance's part is not nothing
     prompts = {}
     for prompt, row in zip(o.updates[0].prompts, o.updates[0].labels):
@@ -883,7 +886,9 @@ def test_logged_metrics_equal_slow_loops(either):
             "groups/variance": slow_variance(shares, means, either.args.group_variance),
             "groups/kappa_min": u.kappas.min(), "groups/kappa_max": u.kappas.max(),
             "groups/gap": means[order[0]] - means[order[-1]],
-            "groups/label_entropy": -(u.labels * u.labels.log()).sum(1).mean()}
+            "groups/label_entropy": -(u.labels * u.labels.log()).sum(1).mean(),
+            "groups/grad_norm": np.mean([float(torch.cat([g.flatten() for g in step.gradient.values()]).norm())
+                                         for step in steps_of(either, "group_head")[u.number :: 2]])}
         for place, g in enumerate(order):
             expected[f"group_{place}/share"] = shares[g]
             found = {"score": u.scores, "return": episodes, "kl": u.kl.sum(1), "length": u.lengths}
@@ -961,13 +966,21 @@ def test_without_groups_it_is_ppo_to_the_bit(plain, tmp_path, monkeypatch, chang
     assert all(torch.equal(value, found[name]) for name, value in head.state_dict().items())
 
 
-def test_head_on_a_detached_trunk_changes_no_other_bit(assets, tmp_path):
-    """beta_critic 1 with --detach_group_trunk: policy, critic and samples of beta_critic 0, clipped gradients and all,
-    while the head learns; without the flag the critic is another one (T2, pitfalls 16, 18)."""
+def test_head_on_a_detached_trunk_changes_no_other_bit(assets, tmp_path, monkeypatch):
+    """beta_critic 1 where the head's states have no way back into the critic: policy, critic and samples of beta_critic
+    0, clipped gradients and all, while the head learns; with the way back the critic is another one (T2, pitfalls 16,
+    18)."""
+    read = gip.values_and_states
+
+    def detached(*args):
+        values, states = read(*args)
+        return values, states.detach()
+
     flags = dict(assets, total_episodes=32, beta_policy=0.0, dynamic_kl=False, max_grad_norm=0.05)
     run(flags, tmp_path / "without", beta_critic=0.0)
-    run(flags, tmp_path / "detached", beta_critic=1.0, detach_group_trunk=True)
     run(flags, tmp_path / "shared", beta_critic=1.0)
+    monkeypatch.setattr(gip, "values_and_states", detached)
+    run(flags, tmp_path / "detached", beta_critic=1.0)
     for name in FILES:
         assert digest(tmp_path / "detached" / name) == digest(tmp_path / "without" / name), name
     assert weights(tmp_path / "shared/critic") != weights(tmp_path / "without/critic")

@@ -42,9 +42,9 @@ def example(junk=(7, 8), **changes):
     e = SimpleNamespace(**{**dict(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), **changes})
     e.responses, e.lengths, e.ended = ppo.truncate_at_eos(responses, torch.tensor([EOS]), PAD)
     e.mask, e.value_mask = ppo.response_masks(e.lengths, 5)
+    e.query_texts, e.response_texts = ["q"] * 3, ["r"] * 3
     e.scores = ppo.score_responses(
-        None, lambda queries, texts: [1.5, 2.0, 3.0], None, e.ended, (["q"] * 3, ["r"] * 3),
-        SimpleNamespace(missing_eos_score=-1.0))
+        None, lambda queries, texts: [1.5, 2.0, 3.0], e, SimpleNamespace(missing_eos_score=-1.0))
     e.logprobs, e.ref_logprobs = e.logprobs * e.mask, e.ref_logprobs * e.mask
     e.values = e.values * e.value_mask
     e.kl = ppo.k1(e.logprobs, e.ref_logprobs)
@@ -224,6 +224,14 @@ def test_detail_37_masked_entries_never_influence_whitening(shift_mean):
     close(ppo.masked_whiten(*wider, shift_mean)[:, :3], plain)
 
 
+def test_masked_variance_divides_by_the_count():
+    """That of numpy over the entries that count, of every epoch where there are several; others change nothing."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    close(ppo.masked_variance(torch.where(mask, NINE, 1e4), mask), NINE[mask].numpy().var(), 1e-6)
+    both = torch.stack([NINE, NINE * 2])
+    close(ppo.masked_variance(both, mask.expand_as(both)), both[:, mask].numpy().var(), 1e-6)
+
+
 def test_masked_mean_ignores_pads():
     """The mean is taken over the entries that count, and more masked columns do not change it (T38)."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
@@ -268,21 +276,45 @@ def test_detail_12_last_token_is_found_on_any_padding_side():
     assert ppo.at_last_token(torch.arange(16).view(4, 4), mask).tolist() == [3, 5, 10, 15]
 
 
+STUB = SimpleNamespace(  # what Episodes needs of a tokenizer; the text of a token is its id
+    pad_token_id=60, batch_decode=lambda rows, **_: [" ".join(map(str, torch.as_tensor(row).tolist())) for row in rows])
+
+
+def made(queries, responses):
+    """Episodes of these ids; EOS is 0, PAD is 60."""
+    return ppo.Episodes([(ids, f"query {ids}") for ids in queries], responses, STUB, torch.tensor([EOS]))
+
+
+def test_episodes_follow_from_their_ids():
+    """Cut at the first EOS; lengths, masks, texts and the ids of query and response, without PAD."""
+    e = made([[5, 6], [7, EOS, 8]], torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4]]))
+    assert e.queries == ([5, 6], [7, 0, 8]) and e.query_texts == ("query [5, 6]", "query [7, 0, 8]")
+    assert e.responses.tolist() == [[4, 0, 60, 60], [1, 2, 3, 4]]
+    assert e.lengths.tolist() == [2, 4] and e.ended.tolist() == [True, False]
+    assert e.mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert e.value_mask.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert e.sequences == [[5, 6, 4, 0], [7, 0, 8, 1, 2, 3, 4]]
+    assert e.response_texts == [" 4 0 60 60", " 1 2 3 4"]
+
+
+def test_micro_batches_put_like_lengths_together():
+    """The longest rows first, rows of equal length in their order, and only the rows that are asked for."""
+    e = made([[5], [5] * 4, [5] * 2, [5] * 4, [5] * 3], torch.ones(5, 2, dtype=torch.long))
+    assert e.micro_batches([4, 0, 1, 3, 2], 2) == [[1, 3], [4, 2], [0]]
+    assert e.micro_batches([2, 0, 3], 3) == [[3, 2, 0]]
+
+
 @pytest.fixture
 def scored(tiny_classifier):
     """A reward model, three padded queries (one holds an EOS) and four-token responses."""
     tiny_classifier.config.reward_mean = 0.5
-    responses = torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4], [2, 2, 5, 0]])
-    responses, lengths, ended = ppo.truncate_at_eos(responses, torch.tensor([EOS]), 60)
-    sequences, response_lengths = ppo.join([[5, 6], [7, EOS, 8, 9], [3]], responses, lengths)
-    assert response_lengths == [2, 4, 4]
-    return SimpleNamespace(
-        model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, sequences=sequences, ended=ended)
+    episodes = made([[5, 6], [7, EOS, 8, 9], [3]], torch.tensor([[4, 0, 9, 9], [1, 2, 3, 4], [2, 2, 5, 0]]))
+    return SimpleNamespace(model=ppo.ScalarModel(tiny_classifier), classifier=tiny_classifier, episodes=episodes)
 
 
 def score(s, missing_eos_score, micro_batch_size=2):
     args = SimpleNamespace(missing_eos_score=missing_eos_score, micro_batch_size=micro_batch_size)
-    return ppo.score_responses(s.model, None, s.sequences, s.ended, None, args)
+    return ppo.score_responses(s.model, None, s.episodes, args)
 
 
 def test_detail_15_scores_equal_the_classifiers_on_unpadded_rows(scored):
@@ -310,35 +342,51 @@ def test_scores_are_read_in_micro_batches_of_like_length(scored):
 
 def test_left_aligned_repeats_the_last_value():
     """A row moves left by its shift; what a shorter response leaves free is its last value, never a prompt's or PAD's."""
-    values = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]])
-    assert ppo.left_aligned(values, torch.tensor([0, 1, 3])).tolist() == [[0, 1, 2, 3], [5, 6, 7, 7], [11, 11, 11, 11]]
+    values, shift = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]), torch.tensor([0, 1, 3])
+    assert ppo.left_aligned(values, shift, 4).tolist() == [[0, 1, 2, 3], [5, 6, 7, 7], [11, 11, 11, 11]]
+    assert ppo.left_aligned(values, shift, 5)[:2].tolist() == [[0, 1, 2, 3, 3], [5, 6, 7, 7, 7]]
+    assert ppo.left_aligned(values, shift, 3).tolist() == [[0, 1, 2], [5, 6, 7], [11, 11, 11]]
 
 
-def test_right_aligned_rows_have_no_needless_padding_and_the_same_logits(tiny_lm):
-    """A micro-batch is as wide as its longest row; left_aligned brings its responses' log-probabilities and values to the
-    columns where they stand alone (T36)."""
-    lengths, widths = [2, 5, 3, 1], [4, 1, 2, 6]
+@torch.no_grad()
+def test_detail_E20_batches_have_no_needless_padding_and_the_numbers_of_lone_rows(tiny_lm):
+    """A micro-batch is as wide as its longest row, and the logits as its longest response. Log-probabilities, entropies
+    and values are those of each row alone, in the columns of their tokens, and 0 where nothing counts (T36)."""
+    lengths, widths, room = [2, 5, 3, 1], [4, 1, 2, 6], 6
     torch.manual_seed(0)
     queries, responses = ([torch.randint(1, 60, (n,)).tolist() for n in sizes] for sizes in (lengths, widths))
-    sequences = [query + response for query, response in zip(queries, responses)]
-    forbidden = torch.arange(64) == 60
-    critic = lambda ids, mask: torch.where(mask, ids, -1).float()  # "the value after a token" is the token itself
+    ends = [[EOS] if width < room else [] for width in widths]  # and one that fills the last column
+    responses = [response[: len(response) - len(end)] + end for response, end in zip(responses, ends)]
+    e = made(queries, torch.tensor([response + [60] * (room - len(response)) for response in responses]))
+    assert e.lengths.tolist() == widths
+    args, forbidden, seen = SimpleNamespace(temperature=0.7, response_length=room), torch.arange(64) == 60, []
+    critic = lambda ids, mask: torch.where(mask, ids, -1).float() + 1  # "the value after a token" is its id + 1
+
+    def model(**inputs):
+        out = tiny_lm(**inputs)
+        seen.append(out.logits.shape[1])
+        return out
+
     for rows, shape in (([0, 2], (6, 4)), ([3], (7, 6)), ([1, 0], (6, 4)), ([0, 1, 2, 3], (7, 6))):
-        ids, mask, tr, shift = ppo.right_aligned(rows, sequences, widths, 60, None)
-        assert (ids.shape[1], tr) == shape and shift.tolist() == [tr - widths[i] for i in rows]
-        assert [row[m].tolist() for row, m in zip(ids, mask)] == [sequences[i] for i in rows] and mask[:, -1].all()
-        logits = ppo.response_logits(tiny_lm, ids, mask, tr, 0.7, forbidden)
-        logprobs = ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
-        for room in (tr, tr + 1):
-            values = ppo.state_values(critic(ids, mask), tr, shift, room)
-            assert values.shape[1] == room
-            for j, i in enumerate(rows):
-                states = [queries[i][-1], *responses[i]][:room]
-                assert values[j, : len(states)].tolist() == states
+        ids, attention_mask, width, shift = e.batch(rows)
+        assert (ids.shape[1], width) == shape and shift.tolist() == [width - widths[i] for i in rows]
+        assert [row[m].tolist() for row, m in zip(ids, attention_mask)] == [e.sequences[i] for i in rows]
+        assert attention_mask[:, -1].all()
+        entropies = torch.full((4, room), 7.0)
+        logprobs = ppo.response_logprobs(model, e, rows, args, forbidden, entropies)
+        assert torch.equal(logprobs, ppo.response_logprobs(model, e, rows, args, forbidden))
+        assert seen[-2:] == [width + 1] * 2  # never as many logits as the longest response that may come
+        values = ppo.response_values(critic, e, rows, args)
+        assert logprobs.shape == values.shape == (len(rows), room)
         for j, i in enumerate(rows):
-            alone = torch.tensor([sequences[i]])
-            expected = ppo.response_logits(tiny_lm, alone, alone > 0, widths[i], 0.7, forbidden)
-            close(logprobs[j, : widths[i]], ppo.token_logprobs(expected, torch.tensor([responses[i]]))[0], 1e-5)
+            states = [queries[i][-1], *responses[i]][:room]
+            assert values[j].tolist() == [state + 1 for state in states] + [0] * (room - len(states))
+            logits = tiny_lm(torch.tensor([e.sequences[i]])).logits[0, lengths[i] - 1 : -1] / (0.7 + 1e-7)
+            alone = torch.distributions.Categorical(logits=logits.masked_fill(forbidden, -1e30))
+            close(logprobs[j, : widths[i]], alone.log_prob(torch.tensor(responses[i])), 1e-5)
+            close(entropies[i, : widths[i]], alone.entropy(), 1e-5)
+            assert (logprobs[j, widths[i] :] == 0).all() and (entropies[i, widths[i] :] == 0).all()
+        assert all((entropies[i] == 7).all() for i in range(4) if i not in rows)
 
 
 # ---- Engines ----------------------------------------------------------------------------------------------
@@ -420,8 +468,8 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-SPIED = ("rollout", "deal_by_length", "sampling_noise", "score_responses", "k3", "token_rewards", "gae", "masked_whiten",
-         "policy_losses", "value_losses", "right_aligned")
+SPIED = ("rollout", "deal_by_length", "sampling_noise", "score_responses", "k3", "token_rewards", "gae",
+         "masked_whiten", "policy_losses", "value_losses", "response_logprobs", "response_values")
 
 
 @pytest.fixture(scope="module")
@@ -443,19 +491,21 @@ def spied(assets, tmp_path_factory):
         metrics = run(assets, folder, steps, total_episodes=32, lr=2e-3, critic_lr=1e-3, weight_decay=0.02, adam_eps=1e-6)
     policy = AutoModelForCausalLM.from_pretrained(assets["sft_model"]).eval()
     reward_model = AutoModelForSequenceClassification.from_pretrained(assets["reward_model"]).eval()
-    updates, evaluated = [], 2  # the micro-batches of the evaluation before the first update
-    for u in range(2):
-        new, train = calls["rollout"][u + 1].result, calls["policy_losses"][8 * u : 8 * u + 8]
-        cuts = calls["right_aligned"][20 * u + 4 + evaluated : 20 * u + 20 + evaluated]  # policy, critic, policy, critic
-        assert [cut.args[0] for cut in cuts[:4] + cuts[8:12]] == [cut.args[0] for cut in cuts[4:8] + cuts[12:]]
+    updates = []
+    for u in range(2):  # four micro-batches: read by policy and reference, then by the policy in two epochs
+        logprobs = calls["response_logprobs"][4 + 16 * u : 20 + 16 * u]  # 4: of the evaluation before the first update
+        values = calls["response_values"][12 * u : 12 * u + 12]
+        assert [call.args[2] for call in logprobs[:8:2] + logprobs[8:]] == [call.args[2] for call in values]
+        train = [calls[name][9 * u : 9 * u + 8] for name in ("policy_losses", "value_losses")]  # the 9th: metrics
+        e = logprobs[0].args[1]
         updates.append(SimpleNamespace(
-            prompts=[ids for ids, _ in calls["rollout"][u + 1].args[1]], responses=new[0], lengths=new[1], ended=new[2],
-            mask=ppo.response_masks(new[1], 8)[0], value_mask=ppo.response_masks(new[1], 8)[1],
-            scores=calls["score_responses"][u + 1].result, logprobs=calls["k3"][u].args[0], ref_logprobs=calls["k3"][u].args[1],
-            kl=calls["token_rewards"][u].args[0], rewards=calls["gae"][u].args[0], values=calls["gae"][u].args[1],
+            prompts=[ids for ids, _ in calls["rollout"][u + 1].args[1]], responses=e.responses,
+            lengths=e.lengths, ended=e.ended, mask=e.mask, value_mask=e.value_mask, episodes=e,
+            scores=calls["score_responses"][u + 1].result, logprobs=calls["k3"][u].args[0],
+            ref_logprobs=calls["k3"][u].args[1], kl=calls["token_rewards"][u].args[0],
+            rewards=calls["gae"][u].args[0], values=calls["gae"][u].args[1],
             advantages=calls["masked_whiten"][u].result, returns=calls["gae"][u].result[1],
-            policy_losses=train, value_losses=calls["value_losses"][8 * u : 8 * u + 8],
-            cuts=cuts[:4] + cuts[8:12]))
+            policy_losses=train[0], value_losses=train[1], rows=[call.args[2] for call in logprobs[8:]]))
     return SimpleNamespace(calls=calls, steps=steps, folder=folder, flags=assets, before=before, metrics=metrics,
                            policy=policy, reward_model=reward_model, updates=updates)
 
@@ -511,7 +561,7 @@ def test_detail_30_log_probabilities_equal_a_slow_loop(spied):
             close(u.ref_logprobs[i, :length], expected, 2e-5)
             if number == 0:
                 close(u.logprobs[i, :length], expected, 2e-5)
-        assert (u.logprobs[~u.mask] == 0).all() and (u.ref_logprobs[~u.mask] == 0).all()
+            assert (u.logprobs[i, length:] == 0).all() and (u.ref_logprobs[i, length:] == 0).all()
 
 
 def test_kl_is_0_before_the_first_step(spied):
@@ -525,8 +575,8 @@ def test_kl_is_0_before_the_first_step(spied):
 def test_evaluated_kl_equals_a_slow_loop(spied):
     """KL, score and length of each held-out sample after training equal a row-by-row loop over the saved policy (T24)."""
     trained = AutoModelForCausalLM.from_pretrained(spied.folder).eval()
-    _, prompts = spied.calls["rollout"][-1].args[:2]
-    responses, lengths = spied.calls["rollout"][-1].result[:2]
+    prompts, responses = spied.calls["rollout"][-1].args[1], spied.calls["rollout"][-1].result
+    lengths = torch.tensor([(row + [EOS]).index(EOS) + (EOS in row) for row in responses.tolist()])
     samples = [row for row in rows_of(spied.folder / "samples.jsonl") if row["step"] == 2]
     assert len(samples) == 8 and max(abs(row["kl"]) for row in samples) > 0.01
     for (query, _), response, length, sample in zip(prompts, responses, lengths.tolist(), samples):
@@ -557,17 +607,15 @@ def test_detail_32_rewards_and_advantages_of_a_run(spied):
 def test_ratio_is_exactly_1_in_the_first_epoch(spied):
     """Before the first optimizer step of each update the recomputed log-probabilities are bit-equal to the old ones (T22)."""
     for u in spied.updates:
-        for number, (policy_loss, cut) in enumerate(zip(u.policy_losses, u.cuts)):
+        for number, policy_loss in enumerate(u.policy_losses):
             new, old, *_ = policy_loss.args
-            counts = torch.arange(new.shape[1]) < cut.result[2] - cut.result[3][:, None]
-            same = torch.equal(new * counts, old)
-            assert same == (number < 4)  # four micro-batches an epoch, and the second epoch has moved
+            assert torch.equal(new, old) == (number < 4)  # four micro-batches an epoch; the second one has moved
 
 
 def test_each_epoch_sees_every_episode_once(spied):
     """The micro-batches of an epoch are a partition of the batch, another one in the second epoch (detail 41)."""
     for u in spied.updates:
-        first, second = ([call.args[0] for call in u.cuts[start : start + 4]] for start in (0, 4))
+        first, second = u.rows[:4], u.rows[4:]
         assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(16))
         assert first != second
 
@@ -576,12 +624,21 @@ def test_each_epoch_sees_every_episode_once(spied):
 def test_detail_e28_ranks_share_a_batch_evenly_and_by_length(monkeypatch, world, rows, size):
     """Every row is on one rank, as many on each, in order; micro-batches are as narrow as the whole batch's, and for
     lengths that fall evenly all ranks have the same work."""
-    lengths = (torch.randperm(rows, generator=torch.Generator().manual_seed(0)) + 10).tolist()
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.randperm(rows, generator=generator) + 10).tolist()  # of query and response together
+    responses = torch.full((rows, 9), PAD)
+    for row, n in zip(responses, torch.randint(1, 10, (rows,), generator=generator).tolist()):
+        row[:n] = 5
+    prompts = [([7] * (length - n), i) for i, (length, n) in enumerate(zip(lengths, (responses == 5).sum(1).tolist()))]
     monkeypatch.setenv("WORLD_SIZE", str(world))
     hands = []
     for r in range(world):
         monkeypatch.setenv("RANK", str(r))
-        hands.append(ppo.deal_by_length(lengths, size))
+        everyones = list(zip(prompts, responses.tolist(), (responses == 5).sum(1).tolist()))
+        monkeypatch.setattr("utils.data.gather_rows", lambda mine: everyones if list(mine) == everyones[r::world] else None)
+        dealt, kept = ppo.deal_by_length(prompts[r::world], responses[r::world], PAD, size)
+        hands.append([i for _, i in dealt])
+        assert list(dealt) == [prompts[i] for i in hands[-1]] and torch.equal(kept, responses[hands[-1]])
     assert sorted(sum(hands, [])) == list(range(rows)) and all(hand == sorted(hand) for hand in hands)
     assert {len(hand) for hand in hands} == {rows // world}
     if rows // world % (2 * size) == 0:
@@ -590,19 +647,26 @@ def test_detail_e28_ranks_share_a_batch_evenly_and_by_length(monkeypatch, world,
         assert len({sum(hand) for hand in widths}) == 1
 
 
-def test_detail_e28_episodes_are_dealt_by_their_whole_length(spied):
-    """After the rollout, by query and response together; then what was dealt is scored and trained on."""
+def test_detail_e28_what_was_dealt_is_scored_and_trained_on(spied):
+    """After the rollout its prompts and responses are dealt; the reward model and the update read what comes of it."""
     calls = spied.calls
-    for u, dealt, scored in zip(spied.updates, calls["deal_by_length"], calls["score_responses"][1:3], strict=True):
-        assert dealt.args == ([len(ids) + length for ids, length in zip(u.prompts, u.lengths.tolist())], 4)
-        assert [len(sequence) for sequence in scored.args[2]] == [dealt.args[0][i] for i in dealt.result]
+    for u, rollout, dealt, scored in zip(spied.updates, calls["rollout"][1:3], calls["deal_by_length"],
+                                         calls["score_responses"][1:3], strict=True):
+        assert dealt.args[0] is rollout.args[1] and dealt.args[1] is rollout.result and dealt.args[3] == 4
+        assert scored.args[2] is u.episodes
+        prompts, responses = dealt.result
+        assert list(u.episodes.queries) == [ids for ids, _ in prompts]
+        assert u.episodes.sequences == [ids + row[:n] for (ids, _), row, n in zip(
+            prompts, responses.tolist(), u.lengths.tolist())]
 
 
 def test_micro_batches_hold_rows_of_like_length_the_longest_first(spied):
     """Query and response together never get longer from one row to the next, in an epoch and in an evaluation (E20)."""
-    epochs = [u.cuts[start : start + 4] for u in spied.updates for start in (0, 4)]
-    for cuts in [spied.calls["right_aligned"][:2], *epochs]:
-        lengths = [len(cut.args[1][i]) for cut in cuts for i in cut.args[0]]
+    before = spied.calls["response_logprobs"][:4:2]  # held-out prompts, read by the policy, and then by the reference
+    read = [(before[0].args[1], [call.args[2] for call in before])]
+    read += [(u.episodes, epoch) for u in spied.updates for epoch in (u.rows[:4], u.rows[4:])]
+    for episodes, epoch in read:
+        lengths = [len(episodes.sequences[i]) for rows in epoch for i in rows]
         assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
 
 
@@ -646,8 +710,8 @@ def test_logged_metrics_equal_slow_loops_over_counted_tokens(spied):
     """Each logged mean equals a loop over the tokens up to EOS, whatever the padding of its micro-batch (T38)."""
     for u, logged in zip(spied.updates, training(spied.metrics)):
         old, new, advantages, v, v_new, v_return = [], [], [], [], [], []
-        for cut, policy_loss, value_loss in zip(u.cuts, u.policy_losses, u.value_losses):
-            for j, i in enumerate(cut.args[0]):
+        for rows_, policy_loss, value_loss in zip(u.rows, u.policy_losses, u.value_losses, strict=True):
+            for j, i in enumerate(rows_):
                 n = int(u.lengths[i])
                 for source, target in zip(policy_loss.args, (new, old, advantages)):
                     target += source[j, :n].tolist()
@@ -918,8 +982,9 @@ def test_retokenized_scores_equal_those_of_the_texts(assets, byte_reward_model, 
     calls, values, original, gae = [], [], ppo.score_responses, ppo.gae
 
     def spy(*args, **options):
-        calls.append((*args[4], args[3].tolist(), original(*args, **options).tolist()))
-        return original(*args, **options)
+        result, episodes = original(*args, **options), args[2]
+        calls.append((episodes.query_texts, episodes.response_texts, episodes.ended.tolist(), result.tolist()))
+        return result
 
     monkeypatch.setattr(ppo, "score_responses", spy)
     monkeypatch.setattr(ppo, "gae", lambda *args: values.append(args[1]) or gae(*args))
@@ -991,8 +1056,8 @@ def test_detail_48_frozen_models_are_on_the_device_only_when_used(assets, tmp_pa
     monkeypatch.setattr(torch.nn.Module, "to", recorded_to)
     monkeypatch.setattr(ppo, "init_distributed", lambda *args: (init(*args), here)[1])
     monkeypatch.setattr(ppo, "load_causal_lm", lambda *args: loaded.append(load_causal_lm(*args)) or loaded[-1])
-    for kind, name in (("use", "response_logits"), ("use", "score_responses"), ("free", "rollout"),
-                       ("free", "optimizer_step")):
+    for kind, name in (("use", "response_logits"), ("use", "score_responses"),
+                       ("free", "rollout"), ("free", "optimizer_step")):
         monkeypatch.setattr(ppo, name, spy(kind, getattr(ppo, name)))
     for name, offload in (("plain", False), ("offloaded", True)):
         events.clear(), loaded.clear()

@@ -574,15 +574,18 @@ def spoil(monkeypatch, script, name, call, change):
 
 WRONG = [  # what is named first, the function whose result is wrong, at which call, and how
     ("scores", "score_responses", 3, lambda x: x.index_fill(0, torch.tensor([2]), float("inf"))),
-    ("ref_logprobs", "token_logprobs", 13, lambda x: x * NAN),
-    ("logprobs", "token_logprobs", 14, lambda x: x * NAN),
-    ("values", "state_values", 7, lambda x: x * NAN),
+    ("logprobs", "token_logprobs", 13, lambda x: x * NAN),
+    ("ref_logprobs", "token_logprobs", 14, lambda x: x * NAN),
+    ("values", "response_values", 7, lambda x: x * NAN),
     ("first log-ratio", "token_logprobs", 17, lambda x: x * NAN),
-    ("policy loss of epoch 1, minibatch 1", "policy_losses", 5, lambda x: (x[0] * NAN, x[1])),
-    ("value loss of epoch 2, minibatch 1", "value_losses", 7, lambda x: (x[0] * NAN, x[1])),
-    ("policy gradient norm of epoch 2, minibatch 1", "optimizer_step", 7, lambda norm: norm * float("inf")),
+    ("loss/policy_avg", "policy_losses", 6, lambda x: (x[0] * NAN, x[1])),
+    ("loss/value_avg", "value_losses", 6, lambda x: (x[0] * NAN, x[1])),
+    ("policy/grad_norm", "policy_losses", 9, lambda x: (x[0] * NAN, x[1])),
+    ("val/grad_norm", "value_losses", 9, lambda x: (x[0] * NAN, x[1])),
+    ("policy/grad_norm", "optimizer_step", 7, lambda norm: norm * float("inf")),
+    ("val/grad_norm", "optimizer_step", 6, lambda norm: norm * float("inf")),
 ]
-WRONG_GROUPS = [("group head gradient norm of epoch 1, minibatch 1", "optimizer_step", 7, lambda norm: norm * NAN)]
+WRONG_GROUPS = [("groups/grad_norm", "optimizer_step", 7, lambda norm: norm * NAN)]
 
 
 @pytest.mark.parametrize("script, first_bad, name, call, change", [

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from utils.formats import standard_row
-from utils.launch import fail, fail_together, gather_rows, print0, rank, world_size
+from utils.launch import all_sum, fail, fail_together, gather_rows, print0, rank, world_size
 from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -203,24 +203,6 @@ def load_prompts(path, flag, tokenizer, args):
     return load_grouped_prompts(path, flag, tokenizer, args)[0]
 
 
-def auc_of_groups(probabilities, scores, groups):
-    """How often an episode of the group with the highest mean score has a larger probability than one of the others.
-
-    probabilities, scores: (B,) of this rank; groups: B names or None, which is left out. Ties count half; 1/2 where
-    there is but one group. Every rank must call it.
-    """
-    rows = gather_rows(zip(probabilities.tolist(), scores.tolist(), groups))
-    rows = sorted((probability, score, group) for probability, score, group in rows if group is not None)
-    names = sorted({group for _, _, group in rows})
-    if len(names) < 2:
-        return 0.5
-    best = max(names, key=lambda name: np.mean([score for _, score, group in rows if group == name]))
-    inside = np.array([probability for probability, _, group in rows if group == best])
-    outside = np.array([probability for probability, _, group in rows if group != best])
-    above, equal = inside[:, None] > outside, inside[:, None] == outside
-    return float((above + equal / 2).mean())
-
-
 def as_answer(text, tokenizer, ended=None):
     """A text that evaluate.py has not sampled, as a row like its samples. ended: whether EOS came, which then counts in
     the length; None: not known, as of the references, and it counts too."""
@@ -260,8 +242,11 @@ def short_names(paths, *taken):
     return {str(Path(name).resolve()) if name in taken else name: path for name, path in zip(names, paths)}
 
 
-def load_function(spec, flag):
-    """The function that `module:name` names, or None for None; the current folder is on the import path."""
+def load_function(spec, flag, query=None):
+    """The function that `module:name` names, or None for None; the current folder is on the import path.
+
+    query: a text to try a judge on, so that one that cannot work is found before anything is written.
+    """
     if spec is None:
         return None
     module, colon, name = spec.partition(":")
@@ -270,9 +255,12 @@ def load_function(spec, flag):
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except Exception as error:
         fail(f"{flag} {spec}: cannot import it ({first_line(error)}). Write it as module:function")
+    if query is not None:
+        call_judge(function, flag, [query] * 2, [" a", " b"])
+    return function
 
 
 def call_judge(function, flag, queries, responses):
@@ -334,6 +322,37 @@ def over_ranks(function, items, size_of, batch_size, what):
             printed, left = time.time(), int((time.time() - began) / len(found) * (len(mine) - len(found)))
             print0(f"{what:<22}{len(found):,}/{len(mine):,}  left {left // 60}:{left % 60:02d}")
     return [result for _, result in sorted(zip(order, gather_rows(found)), key=lambda pair: pair[0])]
+
+
+def running_moments(moments, values):
+    """(count, mean, sd) of all values so far: those before, and values (B,) of every rank (Chan et al. 1979)."""
+    count, mean, sd = moments
+    values = values.double()
+    size, total = all_sum(torch.stack([torch.ones_like(values).sum(), values.sum()])).tolist()
+    squares = float(all_sum(((values - total / size) ** 2).sum())) + sd**2 * (count - 1) * (count > 0)
+    squares += (total / size - mean) ** 2 * count * size / (count + size)
+    mean = (count * mean + total) / (count + size)
+    return count + size, mean, (squares / max(count + size - 1, 1)) ** 0.5
+
+
+def deal_by_length(prompts, responses, pad_id, micro_batch_size):
+    """Deal the episodes of all ranks anew [E28]. Returns prompts and responses of this rank, as many as before.
+
+    prompts: (ids, text) of each row; responses (B, Tr) with PAD after EOS. The ranks take turns at taking a
+    micro-batch from the longest rows left, from the first rank to the last and then back. So all have about the same
+    work. The paper's ranks keep what they sampled, and pad every row to the longest that may come.
+    """
+    lengths, device = (responses != pad_id).sum(1).tolist(), responses.device
+    everyones = gather_rows(zip(prompts, responses.tolist(), lengths))
+    sizes = [len(ids) + length for (ids, _), _, length in everyones]
+    by_length, mine = sorted(range(len(sizes)), key=lambda i: -sizes[i]), []
+    share = len(sizes) // world_size()
+    for turn, start in enumerate(range(0, share, micro_batch_size)):
+        size = min(micro_batch_size, share - start)
+        place = rank() if turn % 2 == 0 else world_size() - 1 - rank()
+        mine += by_length[start * world_size() + place * size :][:size]
+    prompts, responses, _ = zip(*(everyones[i] for i in sorted(mine)))
+    return prompts, torch.tensor(responses, device=device)
 
 
 def chunks(rows, size):

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from utils.launch import allowed, fail, full_state_dict, rank
+from utils.launch import allowed, fail, fail_together, full_state_dict, note_small_lr, print0, print_memory_plan, rank
+from utils.launch import world_size
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -84,6 +85,18 @@ def load_tokenizers(models, ref_model):
                       "Evaluate it alone, then give its samples.jsonl as a model here")
             fail(f"{flag} {path}: its tokenizer has {wrong} than that of {named[0][0]}. {remedy}")
     return tokenizers
+
+
+def other_tokenizer(args, tokenizer):
+    """The tokenizer of --reward_model where its vocabulary is not the policy's, which needs --retokenize; else None."""
+    own = load_tokenizer(args.reward_model, "--reward_model")
+    if own.get_vocab() == tokenizer.get_vocab():
+        return None
+    if not args.retokenize:
+        fail(f"--reward_model {args.reward_model}: its vocabulary differs from that of --sft_model {args.sft_model}. "
+             "Train a reward model from this SFT model with reward_model.py, or pass --retokenize: this one then reads "
+             "decoded texts")
+    return own
 
 
 def load_causal_lm(path, flag, tokenizer, bf16=False):
@@ -190,6 +203,25 @@ def _end_of_turn(tokenizer):
     return [token for token in last if token in known and known[token].special]
 
 
+def forbidden_tokens(tokenizer, vocabulary_size):
+    """What is never sampled [E12]: PAD, and rows of the embedding without a token. (vocabulary_size,) bool."""
+    forbidden = torch.ones(vocabulary_size, dtype=torch.bool)
+    forbidden[list(tokenizer.get_vocab().values())] = False
+    forbidden[tokenizer.pad_token_id] = True
+    return forbidden
+
+
+def print_plan(args, default_lr, folder, device, policy, critic, frozen):
+    """Say what PPO trains, how often, where it writes, and the memory that this takes. frozen: models, or None."""
+    print0(f"{'models':<22}policy {count_parameters(policy):,} and critic {count_parameters(critic):,} "
+           f"parameters, {world_size()} rank(s) on {device.type}")
+    print0(f"{'plan':<22}{args.num_updates} updates of {args.batch_size} episodes, {args.num_ppo_epochs} epochs "
+           f"each; writes {folder}")
+    print_memory_plan(args, count_parameters(policy) + count_parameters(critic),
+                      sum(count_parameters(model) for model in frozen if model))
+    note_small_lr(args.lr, default_lr, count_parameters(policy))
+
+
 def count_parameters(model):
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: in pieces, at ZeRO 3
 
@@ -230,6 +262,21 @@ def decode_responses(tokenizer, queries, responses):
     alones = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [whole[len(before):] if whole.startswith(before) else alone
             for before, whole, alone in zip(befores, wholes, alones)]
+
+
+def retokenize(texts, ended, tokenizer, classifier):
+    """Ids of queries and responses in a reward model's own tokens [E22]: B lists, with its EOS where one has ended.
+
+    texts: (B queries, B responses); ended: B bools. Every rank must call it.
+    """
+    sequences = [
+        tokenizer(query).input_ids + tokenizer(response, add_special_tokens=False).input_ids
+        + [tokenizer.eos_token_id] * end for query, response, end in zip(*texts, ended)]
+    longest = max(map(len, sequences))
+    limit = getattr(classifier.config, "max_position_embeddings", longest)
+    fail_together(f"--retokenize: a text has {longest} of the reward model's tokens, and that has {limit} "
+                  "positions. Lower the limits of prompt and response" if longest > limit else None)
+    return sequences
 
 
 def fingerprint(model, *others):
