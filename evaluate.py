@@ -45,6 +45,7 @@ from utils.launch import check_flags, fail, finish, from_rank0, gather_rows, ini
 from utils.models import check_length, decode_responses, eos_token_ids, fingerprint, load_causal_lm, load_tokenizers
 from utils.report import write_report
 from utils.run import cached_array, choose_folder, make_folder, open_folder
+from utils.statistics import accuracy, calibration
 
 REFERENCES = "references"
 
@@ -194,12 +195,6 @@ def reward_scores(model, tokenizer, flag, prompts, responses, args, device):
     return scores
 
 
-def accuracy(chosen, rejected):
-    """1 where the chosen one has the higher number, 1/2 at ties [E7], per pair: (N,), (N,) -> (N,)."""
-    chosen, rejected = np.asarray(chosen, dtype=float), np.asarray(rejected, dtype=float)
-    return (chosen > rejected) + 0.5 * (chosen == rejected)
-
-
 def both_orders(letters):
     """Verdicts on a of a judge that read each pair twice. letters (N, 2): A, B or None with a shown as A, then with b
     as A; "=" where both responses are the same text, which nobody is asked about.
@@ -303,23 +298,6 @@ def agreement(first, second):
     chance = p * q + (1 - p) * (1 - q)
     return {"prompts": int(both.sum()), "agreement": float(observed),
             "kappa": float((observed - chance) / (1 - chance)) if chance < 1 else None}
-
-
-def calibration(chosen_scores, rejected_scores, width=0.5):
-    """Is a difference worth what sigmoid(difference) says? Pairs in bins of |difference| [detail 18].
-
-    Returns a list of {from, pairs, accuracy, predicted} for the bins up to the 99.5 % quantile, predicted being the
-    bin's mean sigmoid(|difference|); above accuracy: the model is too sure.
-    """
-    differences = np.asarray(chosen_scores) - np.asarray(rejected_scores)
-    sizes, correct = np.abs(differences), accuracy(differences, 0 * differences)
-    table = []
-    for low in np.arange(0, np.quantile(sizes, 0.995) + 1e-12, width):
-        inside = (sizes >= low) & (sizes < low + width)
-        if inside.any():
-            table.append({"from": float(low), "pairs": int(inside.sum()), "accuracy": float(correct[inside].mean()),
-                          "predicted": float((1 / (1 + np.exp(-sizes[inside]))).mean())})
-    return table
 
 
 def describe_texts(answers, references, weights):
