@@ -161,7 +161,7 @@ def sequence_logprobs(model, sequences, answers, args, device):
         ids, mask = pad([prompt + response for prompt, response in some], 0, "left", device)
         counted = pad([[0] * len(prompt) + [1] * len(response) for prompt, response in some], 0, "left", device)[0]
         width = max(len(response) for _, response in some)
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45]
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] count real tokens
         logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
                        logits_to_keep=width + 1).logits[:, :-1].float() / args.temperature  # (B, Tr, V)
         logprobs = -F.cross_entropy(logits.transpose(1, 2), ids[:, -width:], reduction="none")  # (B, Tr)
@@ -185,7 +185,7 @@ def reward_scores(model, tokenizer, flag, prompts, responses, args, device):
 
     model.to(device)
     sequences = [tokenizer(prompt).input_ids + tokenizer(response, add_special_tokens=False).input_ids +
-                 [tokenizer.eos_token_id] for prompt, response in zip(prompts, responses)]  # [E1]
+                 [tokenizer.eos_token_id] for prompt, response in zip(prompts, responses)]  # [E1] joined as ids
     check_length(model, max(map(len, sequences)), f"{flag}: the longest prompt and response")
     scores = over_ranks(score, sequences, len, args.micro_batch_size, "scoring")
     model.to("cpu")

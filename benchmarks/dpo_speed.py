@@ -8,8 +8,9 @@ learning rate 0, so that nothing drifts. The sides alternate; each run is a proc
 seconds per optimizer step, all that happens in it counted, and the peak of resident memory above the level after the
 imports. First, on one batch: the losses.
 
-One row a pair saves the second copy of the prompt and costs attention between the two responses, which is masked but
-computed: it pays where prompts are long or the model is wide. --prompt 16 32 --response 240 480 is the other end.
+dpo.py stores its reference's log-probabilities on both sides. --share_prefix, one row a pair, saves the second copy of
+the prompt and costs attention between the two responses, which is masked but computed: it pays where prompts are long or
+the model is wide. --prompt 16 32 --response 240 480 is the other end.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from benchmarks.common import Memory, child, now, write_rows
 
 BATCH_SIZE, MICRO_BATCH_SIZE, BETA = 32, 8, 0.1
-SIDES = ("dpo.py, cached reference", "dpo.py, live reference", "TRL, live reference", "TRL, precomputed reference")
+SIDES = ("dpo.py", "dpo.py --share_prefix", "TRL, live reference", "TRL, precomputed reference")
 
 
 def make_workload(folder, args):
@@ -54,7 +55,7 @@ def make_workload(folder, args):
         write_rows(folder / f"{name}.jsonl", some)
 
 
-def run_ours(folder, data, live):
+def run_ours(folder, data, side):
     import dpo
 
     memory, stamps = Memory(), []
@@ -72,13 +73,13 @@ def run_ours(folder, data, live):
         eval_data=(str(folder / "one.jsonl"),), eval_prompts=str(folder / "one.jsonl"), num_eval_prompts=1,
         response_length=1, gold_function=None, max_prompt_length=512, max_length=1024, beta=BETA, epochs=1,
         batch_size=BATCH_SIZE, micro_batch_size=MICRO_BATCH_SIZE, lr=0.0, log_every=1, eval_every=10**6,
-        save_every=10**6,
-        ref_cache=None if live else str(folder / "cache"), output_dir=str(out), overwrite=out.exists()))
+        save_every=10**6, share_prefix="--share_prefix" in side, ref_cache=str(folder / "cache"),
+        output_dir=str(out), overwrite=out.exists()))
     losses = [json.loads(line).get("train/loss") for line in open(out / "metrics.jsonl")]
     return {"stamps": stamps, "losses": [loss for loss in losses if loss], "memory": memory.peak()}
 
 
-def run_trl(folder, data, live):
+def run_trl(folder, data, side):
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -95,7 +96,7 @@ def run_trl(folder, data, live):
         output_dir=str(folder / "trl"), per_device_train_batch_size=MICRO_BATCH_SIZE,
         gradient_accumulation_steps=BATCH_SIZE // MICRO_BATCH_SIZE, num_train_epochs=1, learning_rate=0.0,
         beta=BETA, max_length=None, logging_steps=1, report_to=[], bf16=False, use_cpu=True,
-        gradient_checkpointing=False, save_strategy="no", precompute_ref_log_probs=not live, disable_tqdm=True)
+        gradient_checkpointing=False, save_strategy="no", precompute_ref_log_probs="precomputed" in side, disable_tqdm=True)
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("policy", "reference"))
     trainer = DPOTrainer(
@@ -127,10 +128,11 @@ def main(args):
         for side in SIDES:
             print(f"| {side} | {statistics.median(seconds[side]):.3f} | {min(seconds[side]):.3f} to "
                   f"{max(seconds[side]):.3f} | {statistics.median(memory[side]):.0f} |")
-        print("\n| time of ... | in times of TRL live | of TRL precomputed |\n|-|-|-|")
+        print("\n| time of ... | in times of dpo.py | of TRL live | of TRL precomputed |\n|-|-|-|-|")
         for side in SIDES[:2]:
-            ratios = [statistics.median(seconds[side]) / statistics.median(seconds[peer]) for peer in SIDES[2:]]
-            print(f"| {side} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
+            ratios = [statistics.median(seconds[side]) / statistics.median(seconds[peer])
+                      for peer in (SIDES[0], *SIDES[2:])]
+            print(f"| {side} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
 
 
 if __name__ == "__main__":
@@ -146,7 +148,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.side:
         run = run_ours if args.side.startswith("dpo.py") else run_trl
-        result = run(Path(args.folder), live="live" in args.side, **json.loads(args.settings))
+        result = run(Path(args.folder), side=args.side, **json.loads(args.settings))
         Path(args.folder, "result.json").write_text(json.dumps(result))
     else:
         main(args)
