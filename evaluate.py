@@ -1,24 +1,31 @@
 """Evaluation: is a checkpoint better, by how much, at what length and KL, and would another judge agree?
 
-Compares checkpoints with the reference responses and with each other on held-out prompts. Papers: the win rates, the
-length curve and the agreement of judges of "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv
-2403.17031); the length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475). `[detail N]` and
-`[E N]` are rows of docs/details.md; docs/evaluation.md has the formulas.
-
-Differs from the papers' code:
-  1. a server judges each pair in both orders; a verdict that changes with the order is a tie (N+: one order)   [E23]
-  2. a pair with a reply that names no letter is dropped and counted (N+: a letter at random)                   [E24]
-  3. the length-controlled win rate has no term for a prompt's difficulty, which takes a whole leaderboard      [E25]
-  4. the KL is that of the samples that are judged, at their temperature (N+: of PPO's own rollouts)            [E26]
+    responses = of each model, sampled, to the same held-out prompts; and the reference responses
+    of each model: length, share that ended, distinct n-grams, ROUGE, KL to a reference model
+    for each judge (reward model, Python function or server) and each pair of models a, b:
+        a_wins   = for each prompt 1 where the judge prefers the response of a, 0 where that of b, 1/2 at ties
+        win rate = mean of a_wins, also at equal lengths and by group of prompts
+    for each two judges: how often they prefer the same response
+    all with 95 % bootstrap intervals over prompts; samples side by side
 
 Run:     python evaluate.py --models assets/sft runs/ppo runs/dpo      the embedded task, CPU, half a minute
          python evaluate.py --models runs/ppo --judges http://localhost:8000/v1 --judge_model NAME
          deepspeed evaluate.py --models ... --bf16                     the ranks share sampling and scoring
-Reads:   --models: language models, or files of responses {prompt, response}; --prompts with a column {prompt}, and
-         {completion} for the references; --judges; for a server OPENAI_API_KEY
-Writes:  --output_dir: report.html, table.md, figures, samples.jsonl, verdicts.jsonl, summary.json; --cache: samples and
-         the replies of a server: a command that was cut off goes on where it was when it is given again
+Reads:   --models: language models, or files of responses {prompt, response}; --prompts with a column {prompt},
+         and {completion} for the references; --judges; for a server OPENAI_API_KEY
+Writes:  --output_dir: report.html, table.md, figures, samples.jsonl, verdicts.jsonl, summary.json; --cache:
+         samples and the replies of a server: a command that was cut off goes on where it was when given again
 Result:  README.md (embedded task)
+
+Papers: the win rates, the length curve and the agreement of judges of "The N+ Implementation Details of RLHF
+with PPO" (Huang et al. 2024, arXiv 2403.17031); the length-controlled win rate of AlpacaEval 2 (Dubois et al.
+2024, arXiv 2404.04475). `[detail N]` and `[E N]` are rows of docs/details.md; docs/evaluation.md has the formulas.
+
+Differs from the papers' code:
+  1. a server judges each pair in both orders; a verdict that turns with it is a tie (N+: one order)      [E23]
+  2. a pair with a reply that names no letter is dropped and counted (N+: a letter at random)             [E24]
+  3. the length-controlled win rate has no term for a prompt's difficulty: that takes a whole leaderboard [E25]
+  4. the KL is that of the samples that are judged, at their temperature (N+: of PPO's own rollouts)      [E26]
 
 Shapes:  N prompts, R bootstrap resamples, B sequences of a batch, T tokens, Tr response tokens, V vocabulary
 """
