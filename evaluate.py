@@ -1,24 +1,31 @@
 """Evaluation: is a checkpoint better, by how much, at what length and KL, and would another judge agree?
 
-Compares checkpoints with the reference responses and with each other on held-out prompts. Papers: the win rates, the
-length curve and the agreement of judges of "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv
-2403.17031); the length-controlled win rate of AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475). `[detail N]` and
-`[E N]` are rows of docs/details.md; docs/evaluation.md has the formulas.
-
-Differs from the papers' code:
-  1. a server judges each pair in both orders; a verdict that changes with the order is a tie (N+: one order)   [E23]
-  2. a pair with a reply that names no letter is dropped and counted (N+: a letter at random)                   [E24]
-  3. the length-controlled win rate has no term for a prompt's difficulty, which takes a whole leaderboard      [E25]
-  4. the KL is that of the samples that are judged, at their temperature (N+: of PPO's own rollouts)            [E26]
+    responses = of each model, sampled, to the same held-out prompts; and the reference responses
+    of each model: length, share that ended, distinct n-grams, ROUGE, KL to a reference model
+    for each judge (reward model, Python function or server) and each pair of models a, b:
+        a_wins   = for each prompt 1 where the judge prefers the response of a, 0 where that of b, 1/2 at ties
+        win rate = mean of a_wins, also at equal lengths and by group of prompts
+    for each two judges: how often they prefer the same response
+    all with 95 % bootstrap intervals over prompts; samples side by side
 
 Run:     python evaluate.py --models assets/sft runs/ppo runs/dpo      the embedded task, CPU, half a minute
          python evaluate.py --models runs/ppo --judges http://localhost:8000/v1 --judge_model NAME
          deepspeed evaluate.py --models ... --bf16                     the ranks share sampling and scoring
-Reads:   --models: language models, or files of responses {prompt, response}; --prompts with a column {prompt}, and
-         {completion} for the references; --judges; for a server OPENAI_API_KEY
-Writes:  --output_dir: report.html, table.md, figures, samples.jsonl, verdicts.jsonl, summary.json; --cache: samples and
-         the replies of a server: a command that was cut off goes on where it was when it is given again
+Reads:   --models: language models, or files of responses {prompt, response}; --prompts with a column {prompt},
+         and {completion} for the references; --judges; for a server OPENAI_API_KEY
+Writes:  --output_dir: report.html, table.md, figures, samples.jsonl, verdicts.jsonl, summary.json; --cache:
+         samples and the replies of a server: a command that was cut off goes on where it was when given again
 Result:  README.md (embedded task)
+
+Papers: the win rates, the length curve and the agreement of judges of "The N+ Implementation Details of RLHF
+with PPO" (Huang et al. 2024, arXiv 2403.17031); the length-controlled win rate of AlpacaEval 2 (Dubois et al.
+2024, arXiv 2404.04475). `[detail N]` and `[E N]` are rows of docs/details.md; docs/evaluation.md has the formulas.
+
+Differs from the papers' code:
+  1. a server judges each pair in both orders; a verdict that turns with it is a tie (N+: one order)      [E23]
+  2. a pair with a reply that names no letter is dropped and counted (N+: a letter at random)             [E24]
+  3. the length-controlled win rate has no term for a prompt's difficulty: that takes a whole leaderboard [E25]
+  4. the KL is that of the samples that are judged, at their temperature (N+: of PPO's own rollouts)      [E26]
 
 Shapes:  N prompts, R bootstrap resamples, B sequences of a batch, T tokens, Tr response tokens, V vocabulary
 """
@@ -45,6 +52,7 @@ from utils.launch import check_flags, fail, finish, from_rank0, gather_rows, ini
 from utils.models import check_length, decode_responses, eos_token_ids, fingerprint, load_causal_lm, load_tokenizers
 from utils.report import write_report
 from utils.run import cached_array, choose_folder, make_folder, open_folder
+from utils.statistics import accuracy, calibration
 
 REFERENCES = "references"
 
@@ -160,7 +168,7 @@ def sequence_logprobs(model, sequences, answers, args, device):
         ids, mask = pad([prompt + response for prompt, response in some], 0, "left", device)
         counted = pad([[0] * len(prompt) + [1] * len(response) for prompt, response in some], 0, "left", device)[0]
         width = max(len(response) for _, response in some)
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45]
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] count real tokens
         logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids, use_cache=False,
                        logits_to_keep=width + 1).logits[:, :-1].float() / args.temperature  # (B, Tr, V)
         logprobs = -F.cross_entropy(logits.transpose(1, 2), ids[:, -width:], reduction="none")  # (B, Tr)
@@ -184,7 +192,7 @@ def reward_scores(model, tokenizer, flag, prompts, responses, args, device):
 
     model.to(device)
     sequences = [tokenizer(prompt).input_ids + tokenizer(response, add_special_tokens=False).input_ids +
-                 [tokenizer.eos_token_id] for prompt, response in zip(prompts, responses)]  # [E1]
+                 [tokenizer.eos_token_id] for prompt, response in zip(prompts, responses)]  # [E1] joined as ids
     check_length(model, max(map(len, sequences)), f"{flag}: the longest prompt and response")
     scores = over_ranks(score, sequences, len, args.micro_batch_size, "scoring")
     model.to("cpu")
@@ -192,12 +200,6 @@ def reward_scores(model, tokenizer, flag, prompts, responses, args, device):
         row = int(np.argmin(np.isfinite(scores)))
         fail(f"{flag}: score {scores[row]} for query {prompts[row]!r:.60}, response {responses[row]!r:.60}")
     return scores
-
-
-def accuracy(chosen, rejected):
-    """1 where the chosen one has the higher number, 1/2 at ties [E7], per pair: (N,), (N,) -> (N,)."""
-    chosen, rejected = np.asarray(chosen, dtype=float), np.asarray(rejected, dtype=float)
-    return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
 def both_orders(letters):
@@ -303,23 +305,6 @@ def agreement(first, second):
     chance = p * q + (1 - p) * (1 - q)
     return {"prompts": int(both.sum()), "agreement": float(observed),
             "kappa": float((observed - chance) / (1 - chance)) if chance < 1 else None}
-
-
-def calibration(chosen_scores, rejected_scores, width=0.5):
-    """Is a difference worth what sigmoid(difference) says? Pairs in bins of |difference| [detail 18].
-
-    Returns a list of {from, pairs, accuracy, predicted} for the bins up to the 99.5 % quantile, predicted being the
-    bin's mean sigmoid(|difference|); above accuracy: the model is too sure.
-    """
-    differences = np.asarray(chosen_scores) - np.asarray(rejected_scores)
-    sizes, correct = np.abs(differences), accuracy(differences, 0 * differences)
-    table = []
-    for low in np.arange(0, np.quantile(sizes, 0.995) + 1e-12, width):
-        inside = (sizes >= low) & (sizes < low + width)
-        if inside.any():
-            table.append({"from": float(low), "pairs": int(inside.sum()), "accuracy": float(correct[inside].mean()),
-                          "predicted": float((1 / (1 + np.exp(-sizes[inside]))).mean())})
-    return table
 
 
 def describe_texts(answers, references, weights):

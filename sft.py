@@ -1,18 +1,26 @@
 """Supervised fine-tuning (SFT): next-token cross-entropy on demonstrations. The first of three steps of RLHF.
 
+    for each batch of demonstrations, in random order:
+        row  = prompt + completion + EOS, or text + EOS, as token ids
+        loss = mean of -log p(token | tokens before it) over all tokens of the batch but PAD
+               (--completion_only: over those of the completions)
+        one step of AdamW along the gradient of the loss
+    now and then: the same loss on held-out demonstrations, and sampled continuations of their prompts
+
+Run:     python sft.py                                   the embedded task, CPU, minutes
+         deepspeed sft.py --model EleutherAI/pythia-1b-deduped --train_data ... --lr 3e-6    8 GPUs
+Reads:   --model, a Hugging Face folder or Hub id; --train_data and --eval_data with columns
+         {prompt, completion} or {text}, as text or messages, or a published layout (utils/formats.py)
+Writes:  --output_dir: the model as a Hugging Face folder, metrics.jsonl, samples.jsonl, TensorBoard,
+         checkpoints
+Result:  assets/README.md (embedded task); not yet measured at the paper's scale
+
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 5.
 `[detail N]` are its numbers, `[E N]` our own choices; docs/details.md has every one with its reason.
 
 Differs from the paper's code:
   1. prompt and completion are tokenised apart and joined as ids, as the sampler will see them  [E1]
   2. the loss is a mean over the tokens of the whole optimizer step, not of each micro-batch    [E2]
-
-Run:     python sft.py                                   the embedded task, CPU, minutes
-         deepspeed sft.py --model EleutherAI/pythia-1b-deduped --train_data ... --lr 3e-6    8 GPUs
-Reads:   --model, a Hugging Face folder or Hub id; --train_data and --eval_data with columns
-         {prompt, completion} or {text}, as text or messages, or a published layout (utils/formats.py)
-Writes:  --output_dir: the model as a Hugging Face folder, metrics.jsonl, samples.jsonl, TensorBoard, checkpoints
-Result:  assets/README.md (embedded task); not yet measured at the paper's scale
 
 Shapes:  B sequences of this micro-batch, T tokens, V vocabulary
 """
@@ -27,22 +35,24 @@ import tyro
 
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
-from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights, world_size
-from utils.models import check_length, check_mask, count_parameters, decode_responses, eos_token_ids
-from utils.models import load_causal_lm, load_tokenizer, save_model
-from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card, open_folder
-from utils.run import save_checkpoint, stop_if_not_finite
+from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights
+from utils.launch import world_size
+from utils.models import check_length, count_parameters, load_causal_lm, load_tokenizer, save_model
+from utils.packing import check_mask, pack, packed_inputs
+from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
+from utils.run import open_folder, save_checkpoint, stop_if_not_finite
+from utils.sampling import sample_responses
 
 
 @dataclass
 class Args:
     # models and data
     model: str = "assets/base"
-    """language model to start from: Hugging Face folder or Hub id. Paper: EleutherAI/pythia-{1b,2.8b,6.9b}-deduped"""
+    """language model to start from: Hugging Face folder or Hub id. Paper: pythia-{1b,2.8b,6.9b}-deduped"""
     allow_pickle: bool = False
-    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
+    """read models whose weights are pickled (.bin) alone: a stranger's pickle may run code when it is read"""
     train_data: str = "assets/data/train.jsonl"
-    """demonstrations: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, completion} or {text}"""
+    """demonstrations: .jsonl, .json, .csv, .parquet, folder or Hub id; {prompt, completion} or {text}"""
     eval_data: str = "assets/data/validation.jsonl"
     """held-out demonstrations, same columns"""
     max_length: int = 64
@@ -50,8 +60,8 @@ class Args:
     max_prompt_length: int = 512
     """tokens of a TL;DR prompt; longer posts are cut, paragraph by paragraph (detail 2). Paper: 512"""
     pack_length: int = 0
-    """put several rows into sequences of up to so many tokens, each blind to the others, and count such sequences in
-    the batch sizes; 0 = off. The mask takes pack_length^2 numbers a sequence. Paper: off"""
+    """put several rows into sequences of up to so many tokens, each blind to the others: faster where lengths
+    differ; needs a model that obeys such a mask (E21). Batch sizes count such sequences. 0 = off. Paper: off"""
     completion_only: bool = False
     """count completion tokens alone in the loss. Paper: False, prompt tokens count too (detail 9)"""
 
@@ -75,7 +85,7 @@ class Args:
 
     # evaluation
     eval_every: int = 500
-    """optimizer steps between evaluations on all of eval_data (there is one before the first and after the last)"""
+    """optimizer steps between evaluations (there is one before the first and after the last)"""
     num_samples: int = 64
     """held-out prompts to continue at every evaluation, for the sample table and ROUGE. Paper: all"""
     response_length: int = 24
@@ -116,7 +126,7 @@ class Args:
 
 
 def encode_demonstration(row, tokenizer):
-    """Token ids of one demonstration, EOS last, and the number of prompt tokens in front (0 for `text` rows)."""
+    """Token ids of a demonstration, EOS last, and the number of prompt tokens in it (0 for `text` rows)."""
     if "completion" in row:
         prompt = tokenizer(row["prompt"]).input_ids
         completion = tokenizer(row["completion"], add_special_tokens=False).input_ids  # [E1] joined as ids
@@ -136,29 +146,8 @@ def load_demonstrations(path, flag, tokenizer, args):
     return kept
 
 
-def pack(items, pack_length):
-    """Items in lists of at most pack_length tokens together, one list a training sequence; 0: each item alone.
-
-    Best fit, longest item first: the fullest list that still has room.
-    """
-    if not pack_length:
-        return [[item] for item in items]
-    packs, room = [], [[] for _ in range(pack_length + 1)]  # room[n]: packs with n tokens left
-    for item in sorted(items, key=lambda item: -len(item[0])):
-        length = len(item[0])
-        left = next((n for n in range(length, pack_length + 1) if room[n]), None)
-        if left is None:
-            packs.append([])
-            room[pack_length].append(packs[-1])
-            left = pack_length
-        found = room[left].pop()
-        found.append(item)
-        room[left - length].append(found)
-    return packs
-
-
 def count_labels(item, completion_only):
-    """How many tokens of a row the loss counts: those after the prompt, or all but the first, which has no context."""
+    """How many tokens of a row the loss counts: those after the prompt, or all but the first."""
     ids, prompt_length, _ = item
     return len(ids) - max(1, prompt_length) if completion_only else len(ids) - 1
 
@@ -166,20 +155,20 @@ def count_labels(item, completion_only):
 def collate(packs, tokenizer, completion_only, device):
     """Right-padded micro-batch [detail 5]: ids, segments, labels, all (B, T).
 
-    segments: 1, 2, ... for the rows of a pack, 0 at padding. labels: -100 where nothing counts. A None among the packs
-    becomes a sequence without labels.
+    segments: 1, 2, ... for the rows of a pack, 0 at padding. labels: -100 where nothing counts. A None among
+    the packs becomes a sequence without labels.
     """
-    sequences = [[token for ids, _, _ in items or [] for token in ids] or [tokenizer.eos_token_id] for items in packs]
-    ids, mask = pad(sequences, tokenizer.pad_token_id, "right", device)
+    rows = [[item[0] for item in items] if items else [[tokenizer.eos_token_id]] for items in packs]
+    ids, mask = pad([sum(row, []) for row in rows], tokenizer.pad_token_id, "right", device)
     segments = mask.long()  # (B, T)
     labels = ids.masked_fill(~mask, -100)  # [detail 3] PAD is never a target; it is not EOS, so EOS is one
     for i, items in enumerate(packs):
         start = 0
-        for number, item in enumerate(items or [], 1):
-            uncounted = max(1, item[1]) if completion_only else 1  # [detail 9] the paper counts prompt tokens too
+        for number, (row, prompt_length, _) in enumerate(items or [], 1):
+            uncounted = max(1, prompt_length) if completion_only else 1  # [detail 9] prompt tokens count too
             labels[i, start : start + uncounted] = -100  # the first token of a row follows nothing
-            segments[i, start : start + len(item[0])] = number
-            start += len(item[0])
+            segments[i, start : start + len(row)] = number
+            start += len(row)
         if items is None:
             labels[i] = -100
     return ids, segments, labels
@@ -191,33 +180,29 @@ def collate(packs, tokenizer, completion_only, device):
 def forward_logits(model, ids, segments):
     """Logits (B, T, V) in fp32 of ids (B, T), the same for any padding side and any neighbours in a pack.
 
-    Padded positions (segment 0) are fed token 0, so PAD is never embedded [detail 3]. Position ids count the real
-    tokens of each segment [detail 45]: with absolute positions (GPT-2) left-padded rows would otherwise be wrong.
+    Without packs, segments are a mask: 1 at real tokens, 0 at padding. Position ids count real tokens: with
+    absolute positions (GPT-2) left-padded rows would otherwise be wrong.
     """
-    mask, attention_mask = segments > 0, segments.clamp(max=1)  # (B, T)
-    counted = mask.long().cumsum(-1)
-    # number of real tokens before each row of a pack, at all of its tokens
-    starts = torch.where(segments != F.pad(segments, (1, 0))[:, :-1], counted - mask.long(), 0).cummax(-1).values
-    position_ids = (counted - 1 - starts).clamp(min=0)
+    mask = segments > 0  # (B, T)
+    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 45] on any padding side
+    inputs = {"attention_mask": mask.long(), "position_ids": position_ids}
     if segments.max() > 1:  # [E21] each token of a pack sees its own row alone
-        same = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # (B, 1, T, T)
-        dtype = next(model.parameters()).dtype
-        attention_mask = torch.zeros_like(same, dtype=dtype).masked_fill(~same, torch.finfo(dtype).min)
-    ids = torch.where(mask, ids, 0)
-    return model(
-        input_ids=ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).logits.float()
+        inputs = packed_inputs(segments, next(model.parameters()).dtype)
+    ids = torch.where(mask, ids, 0)  # [detail 3] PAD is never embedded
+    return model(input_ids=ids, **inputs, use_cache=False).logits.float()
 
 
 # ---- Algorithm --------------------------------------------------------------------------------------------
 
 
 def sft_loss_sum(logits, labels):
-    """Sum of -log p(label_t | tokens before t) over the counted tokens. logits (B, T, V), labels (B, T) -> scalar."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    """Sum of -log p(label_t | tokens before t) over the counted tokens: logits (B, T, V), labels (B, T)."""
+    logits, targets = logits[:, :-1], labels[:, 1:]  # token t is predicted at position t - 1
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def cosine_lr(step, total_steps, warmup_steps, peak):
-    """Learning rate after `step` finished optimizer steps: linear warm-up, then half a cosine to 0 [detail 42]."""
+    """Learning rate after `step` optimizer steps: linear warm-up, then half a cosine to 0 [detail 42]."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
@@ -231,32 +216,21 @@ def evaluate_loss(engine, items, tokenizer, args):
     """Token-mean loss over held-out rows, each counted once over all ranks, and its perplexity."""
     loss_sum = torch.zeros((), device=engine.device)
     alone = [[item] for item in sorted(items, key=lambda item: len(item[0]))]
-    for micro in chunks(rows_of_this_rank(alone), args.micro_batch_size):
-        ids, segments, labels = collate(micro, tokenizer, args.completion_only, engine.device)
+    for mb_packs in chunks(rows_of_this_rank(alone), args.micro_batch_size):
+        ids, segments, labels = collate(mb_packs, tokenizer, args.completion_only, engine.device)
         loss_sum += sft_loss_sum(forward_logits(engine, ids, segments), labels)
     loss = all_sum(loss_sum) / sum(count_labels(item, args.completion_only) for item in items)
     return {"eval/loss": loss, "eval/perplexity": loss.exp()}
 
 
-@torch.no_grad()
-def sample(model, items, tokenizer, args, device):
-    """Continuations of held-out prompts (of the first two words of `text` rows) by transformers' own generate."""
-    torch.manual_seed(args.seed)
-    rows = []
-    for micro in chunks(items[: args.num_samples], args.micro_batch_size):
-        rows_in = [item[2] for item in micro]
-        prompts = [row["prompt"] if "completion" in row else " ".join(row["text"].split()[:2]) for row in rows_in]
-        sequences = [tokenizer(prompt).input_ids or [tokenizer.eos_token_id] for prompt in prompts]
-        ids, mask = pad(sequences, tokenizer.pad_token_id, "left", device)
-        output = model.generate(
-            input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), max_new_tokens=args.response_length,
-            do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0, repetition_penalty=1.0,
-            eos_token_id=eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id,
-        )[:, ids.shape[1] :]
-        responses = decode_responses(tokenizer, sequences, output)
-        rows += [{"query": prompt, "response": response, "reference": row.get("completion", "")}
-                 for row, prompt, response in zip(rows_in, prompts, responses)]
-    return rows
+def sample(model, items, tokenizer, args):
+    """Continuations of prompts, or of the first two words of `text` rows: {query, response, reference}."""
+    rows = [row for _, _, row in items]
+    texts = [row["prompt"] if "completion" in row else " ".join(row["text"].split()[:2]) for row in rows]
+    prompts = [(tokenizer(text).input_ids or [tokenizer.eos_token_id], text) for text in texts]
+    samples = sample_responses(model, prompts, tokenizer, args, args.micro_batch_size, args.seed)
+    return [{"query": text, "response": sampled["response"], "reference": row.get("completion", "")}
+            for row, text, sampled in zip(rows, texts, samples)]
 
 
 def rouge(rows):
@@ -301,15 +275,16 @@ def main(args: Args):
 
     # 2. output folder, schedule, resume
     open_folder(folder, args, "sft")
-    packs = pack(train, args.pack_length)
-    steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] the last batch of an epoch may be smaller
+    packs = pack(train, args.pack_length)  # without the flag, each row alone
+    steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "
            f"{device.type}")
-    print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} sequences = {args.epochs} epochs; writes {folder}")
+    print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} sequences = {args.epochs} epochs; "
+           f"to {folder}")
     print_memory_plan(args, count_parameters(model))
     example, uncounted = train[0][0], len(train[0][0]) - count_labels(train[0], args.completion_only)
     show_example(tokenizer, example, [i >= uncounted for i in range(len(example))])
@@ -318,7 +293,7 @@ def main(args: Args):
         metrics = evaluate_loss(engine, held_out, tokenizer, args)
         decoder = rollout_weights(engine, decoding_copy).eval()
         mine = [item for item in rows_of_this_rank(held_out[: args.num_samples]) if item]
-        rows = gather_rows(sample(decoder, mine, tokenizer, args, device))
+        rows = gather_rows(sample(decoder, mine, tokenizer, args))
         engine.train()
         if rows and rows[0]["reference"]:
             metrics |= rouge(rows)
@@ -337,29 +312,29 @@ def main(args: Args):
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = permutation(len(packs), args.seed, epoch)
         batch = [packs[i] for i in order[index * args.batch_size : (index + 1) * args.batch_size]]
-        # like lengths share a micro-batch; the step's gradient is the same
-        batch.sort(key=lambda items: sum(len(item[0]) for item in items))
-        count = sum(count_labels(item, args.completion_only) for items in batch for item in items)
+        batch.sort(key=lambda items: sum(len(item[0]) for item in items))  # like lengths share a micro-batch
+        num_labels = sum(count_labels(item, args.completion_only) for items in batch for item in items)
         loss_sum = torch.zeros((), device=device)
-        for micro in chunks(rows_of_this_rank(batch), args.micro_batch_size):
-            ids, segments, labels = collate(micro, tokenizer, args.completion_only, device)
-            micro_loss = sft_loss_sum(forward_logits(engine, ids, segments), labels)
-            engine.backward(micro_loss / count * world_size())  # [E2] one mean over the step; DeepSpeed averages ranks
-            loss_sum += micro_loss.detach()
+        for mb_packs in chunks(rows_of_this_rank(batch), args.micro_batch_size):
+            ids, segments, labels = collate(mb_packs, tokenizer, args.completion_only, device)
+            mb_loss_sum = sft_loss_sum(forward_logits(engine, ids, segments), labels)
+            engine.backward(mb_loss_sum / num_labels * world_size())  # [E2] one mean over the step
+            loss_sum += mb_loss_sum.detach()
         lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
         grad_norm = optimizer_step(engine, lr)
         stop_if_not_finite({"train/loss": loss_sum, "train/grad_norm": grad_norm},
                            {"rows": [item[2] for items in batch for item in items]}, folder, step)
-        tokens += count
+        tokens += num_labels
 
         # 4. log, evaluate, save
         if step % args.log_every == 0 or step == total_steps:
-            loss = all_sum(loss_sum) / count
+            loss = all_sum(loss_sum) / num_labels
             rate = tokens / (time.time() - clock)
             clock, tokens = time.time(), 0
             tracker.log(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
                                "train/epoch": step / steps_per_epoch, "time/tokens_per_second": rate})
-            tracker.line(step, total_steps, loss=(float(loss), ".4f"), lr=(lr, ".2e"), tokens_per_s=(rate, ",.0f"))
+            tracker.line(step, total_steps, loss=(float(loss), ".4f"), lr=(lr, ".2e"),
+                         tokens_per_s=(rate, ",.0f"))
         if step % args.eval_every == 0 or step == total_steps:
             after = evaluate(step)
         stop = interrupted(device)  # by SIGTERM

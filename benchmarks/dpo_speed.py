@@ -6,7 +6,8 @@ Both train the same model with random weights against a reference with other ran
 ln 2), on the same pairs in every optimizer step, with the same micro-batches, beta and learning rate 0, so that nothing
 drifts. TRL recomputes no activations here. dpo.py reads the reference's log-probabilities from its cache, which it
 computes before the first step, or with --ref_cache None computes them in every step; TRL does the latter by default, and
-the former as "TRL, precomputed reference". The sides alternate; each run is a process of its own. Compared are seconds
+the former as "TRL, precomputed reference". --share_prefix puts the two responses of a pair into one row with their
+prompt: the same losses up to rounding. It pays where prompts are long. The sides alternate; each run is a process of its own. Compared are seconds
 per optimizer step, all that happens in it counted, the first two steps left out, and peak memory above the level after
 loading. First: the losses. Last: a step beside its own matrix products alone.
 
@@ -78,4 +79,4 @@ def run_side(side, folder, workload, products=False):
 
 if __name__ == "__main__":
     compare_steps("dpo_speed", "dpo.py", __doc__, make_workload, run_side,
-                  ["dpo.py --ref_cache None"], TRL_SIDES)
+                  ["dpo.py --share_prefix", "dpo.py --ref_cache None"], TRL_SIDES)

@@ -111,17 +111,17 @@ def short(run, dtype):
 @contextlib.contextmanager
 def noted_first_ratios(ppo, drifts):
     """Within, the largest |log ratio| before any training of each update goes into drifts."""
-    original = ppo.stop_if_not_finite
+    original = ppo.check_first_ratio
 
-    def noted(quantities, *args):
-        drifts.extend([quantities["first log-ratio"]] if "first log-ratio" in quantities else [])
-        return original(quantities, *args)
+    def noted(log_ratio, *args):
+        drifts.append(log_ratio.abs().max().item())
+        return original(log_ratio, *args)
 
-    ppo.stop_if_not_finite = noted
+    ppo.check_first_ratio = noted
     try:
         yield
     finally:
-        ppo.stop_if_not_finite = original
+        ppo.check_first_ratio = original
 
 
 def metrics_of(folder):
@@ -140,6 +140,8 @@ def sampled(run):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, args = load_tokenizer("assets/sft", "--sft_model"), ppo.Args()
     prompts = ppo.load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: 32 if run.tiny else 256]
+    prompts.sort(key=lambda prompt: len(prompt[0]))  # as sample_responses takes them, in one batch
+    args.rollout_batch_size = len(prompts)
     for dtype in ("fp32", "bf16"):
         model = load_causal_lm("assets/sft", "--sft_model", tokenizer, dtype == "bf16").to(device).eval()
         eos_ids = torch.tensor(eos_token_ids(model, tokenizer), device=device)
@@ -153,27 +155,17 @@ def sampled(run):
 
         ppo.inverse_cdf = noted
         try:
-            queries, query_mask = ppo.pad([ids for ids, _ in prompts], tokenizer.pad_token_id, "left", device)
-            responses = ppo.generate(
-                model, queries, query_mask, noise.to(device), args.temperature, 1.0, 1.0, forbidden, eos_ids,
-                tokenizer.pad_token_id)
+            responses = ppo.sample_responses(model, prompts, noise, args, tokenizer, forbidden, eos_ids)
         finally:
             ppo.inverse_cdf = draw
-        responses, lengths, _ = ppo.truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
-        alive_at = [(lengths > t).nonzero().squeeze(1) for t in range(len(steps))]
-        at_sampling = torch.zeros(responses.shape, device=device)
-        for t, (rows, logprobs) in enumerate(zip(alive_at, steps)):
-            at_sampling[rows, t] = logprobs
-        sequences, widths = ppo.join([ids for ids, _ in prompts], responses, lengths)
-        differences = []
+        episodes = ppo.Episodes(prompts, responses, tokenizer, eos_ids)
+        scored, at_sampling = torch.zeros(2, *responses.shape, device=device)
+        for t, logprobs in enumerate(steps):
+            at_sampling[episodes.lengths > t, t] = logprobs
         with torch.no_grad():
-            for rows in ppo.chunks(range(len(prompts)), 32):
-                ids, mask, tr, shift = ppo.right_aligned(rows, sequences, widths, tokenizer.pad_token_id, device)
-                logits = ppo.response_logits(model, ids, mask, tr, args.temperature, forbidden)
-                scored = ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
-                counts = torch.arange(tr, device=device) < lengths[list(rows), None]
-                differences.append((scored - at_sampling[list(rows), :tr])[counts])
-        log_ratio = torch.cat(differences)
+            for rows in episodes.micro_batches(range(len(prompts)), args.micro_batch_size):
+                scored[rows] = ppo.response_logprobs(model, episodes, rows, args, forbidden)
+        log_ratio = (scored - at_sampling)[episodes.mask]
         run.record(dtype=dtype, tokens=len(log_ratio), mean_difference=log_ratio.abs().mean().item(),
                    largest_difference=log_ratio.abs().max().item(), mean_ratio=log_ratio.exp().mean().item())
 
@@ -313,7 +305,7 @@ def decode(run, rows):
                              for name, value in result.items()})
 
 
-TRAINERS = {"dpo": ["dpo.py", "TRL"], "reward_model": ["reward_model.py", "TRL", "reward_model.py --share_prefix"],
+TRAINERS = {"dpo": ["dpo.py", "TRL", "dpo.py --share_prefix"], "reward_model": ["reward_model.py", "TRL", "reward_model.py --share_prefix"],
             "sft": ["sft.py", "TRL"]}
 
 

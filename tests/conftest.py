@@ -6,6 +6,7 @@ Tests import the scripts' own functions, run on the CPU without network, and wri
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,3 +48,55 @@ def tiny_lm():
 def tiny_classifier():
     torch.manual_seed(1)
     return GPTNeoXForSequenceClassification(tiny_config(num_labels=1)).eval()
+
+
+def watch_steps(monkeypatch, script):
+    """A list that fills up with what each optimizer step of a script's main saw and did, each a flat vector:
+    `before` and `after`, the weights; `gradient`, before clipping; and `lr`.
+
+    A plain loop that takes `before` and `gradient` from here agrees with main to rounding. One that runs beside main
+    does not: where a gradient is rounding alone, as of key biases, AdamW divides it by itself and steps at full rate.
+    """
+    steps, original = [], script.optimizer_step
+
+    def optimizer_step(engine, lr):
+        weights = [*engine.module.parameters()]
+        steps.append(SimpleNamespace(lr=lr, before=flat(weights), gradient=flat([p.grad for p in weights])))
+        norm = original(engine, lr)
+        steps[-1].after = flat(weights)
+        return norm
+
+    monkeypatch.setattr(script, "optimizer_step", optimizer_step)
+    return steps
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def check_step(step, model, optimizer, max_grad_norm=0.0):
+    """The gradient that `model` has now is that of main's step, and AdamW, given main's, goes where main went.
+
+    Before, the model has the weights `step.before` (see `set_weights`); returns its gradient's norm.
+    """
+    weights = [*model.parameters()]
+    expected = flat([p.grad for p in weights])
+    assert (step.gradient - expected).norm() < 1e-4 * expected.norm()
+    split_into([p.grad for p in weights], step.gradient)
+    if max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(weights, max_grad_norm)
+    optimizer.step()
+    moved = (step.after - step.before).norm()
+    assert (flat(weights) - step.after).norm() <= 1e-4 * moved and (moved > 0) == (step.lr > 0)
+    return expected.norm().item()
+
+
+@torch.no_grad()
+def split_into(tensors, vector):
+    """Write a flat vector into tensors."""
+    for tensor, part in zip(tensors, vector.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def set_weights(model, vector):
+    split_into([*model.parameters()], vector)

@@ -334,12 +334,12 @@ def test_sample_longer_than_the_positions_is_refused(script, inputs, tmp_path, r
 
 @pytest.mark.parametrize("flag", ["model", "ref_model"])
 def test_dpo_rows_beyond_the_attention_window_are_refused(flag, inputs, tmp_path, refused):
-    """dpo.py refuses a window shorter than --max_length, which its mask would replace; one as long runs."""
+    """dpo.py --share_prefix refuses a window shorter than --max_length, which its mask would replace; one as long runs."""
     config = MistralConfig(vocab_size=1024, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
                            num_key_value_heads=1, intermediate_size=16, sliding_window=32)
     MistralForCausalLM(config).save_pretrained(tmp_path / "lm")
     AutoTokenizer.from_pretrained(inputs / "lm").save_pretrained(tmp_path / "lm")
-    args = good_args(dpo, inputs, output_dir=str(tmp_path / "out"), **{flag: str(tmp_path / "lm")})
+    args = good_args(dpo, inputs, output_dir=str(tmp_path / "out"), share_prefix=True, **{flag: str(tmp_path / "lm")})
     message = refused(dpo, dataclasses.replace(args, max_length=33))
     assert "--max_length 33" in message and "attends to 32 tokens" in message
     dpo.main(dataclasses.replace(args, max_length=32))

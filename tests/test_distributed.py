@@ -111,6 +111,7 @@ ON_TWO_RANKS = {
     "dpo_zero3_live": (dpo, dict(zero_stage=3, ref_cache=None)),
     "dpo_zero2_savers": (dpo, dict(zero_stage=2, micro_batch_size=2, **SAVERS)),
     "dpo_few_zero3": (dpo, FEW_DPO | dict(zero_stage=3)),
+    "dpo_shared_few_zero3": (dpo, FEW_DPO | dict(zero_stage=3, share_prefix=True, ref_cache=None)),
 }
 
 
@@ -436,11 +437,11 @@ def test_packed_sft_on_two_ranks_equals_one(inputs, one, two):
     assert_same_weights(two / "sft_packed", one / "sft_packed", inputs / "lm")
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model", "reward_model_shared", "dpo"])
+@pytest.mark.parametrize("script", ["sft", "reward_model", "reward_model_shared", "dpo", "dpo_shared"])
 def test_a_rank_without_a_row_waits_for_the_other(inputs, one, two, script):
     """Last batches of one row and one held-out row, so nothing for rank 1: ZeRO 3 on two ranks equals one rank.
 
-    reward_model_shared: --share_prefix on two ranks equals one rank without it.
+    ..._shared: --share_prefix on two ranks equals one rank without it.
     """
     run, expected = two / f"{script}_few_zero3", one / f"{script.removesuffix('_shared')}_few"
     assert_same_metrics(read(run / "metrics.jsonl"), read(expected / "metrics.jsonl"), SAMPLED)

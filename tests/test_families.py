@@ -167,17 +167,18 @@ def test_rows_of_a_pack_are_blind_to_each_other(lm):
 
 
 @torch.no_grad()
-def test_dpo_logprobs_of_a_pair_with_one_prompt(lm):
-    """Pairs of all sizes, left-padded, prompt once: each response has the log-probability of its row alone."""
+@pytest.mark.parametrize("share_prefix", [False, True], ids=["plain", "shared"])
+def test_dpo_logprobs_of_padded_pairs(lm, share_prefix):
+    """Pairs of all sizes, left-padded, two rows or one: each response has the log-probability of its row alone."""
     parts = random_rows(6, 2, 1, 3, 5, 2, 1, 1, 3)  # prompt, chosen, rejected of each; within the attention window
     pairs = [(*parts[i : i + 3], {}) for i in (0, 3, 6)]
-    logprobs, lengths = dpo.response_logprobs(lm, *dpo.collate_pairs([*pairs, None], PAD, "cpu"))
+    logprobs = dpo.pair_logprobs(lm, [*pairs, None], dpo.Args(share_prefix=share_prefix), "cpu")
     for i, (prompt, *responses, _) in enumerate(pairs):
         for side, response in enumerate(responses):
             alone = plain_logits(lm, prompt + response)[len(prompt) - 1 : -1].log_softmax(-1)
             expected = alone[range(len(response)), response].sum()
             torch.testing.assert_close(logprobs[side, i], expected, rtol=1e-4, atol=0)
-    assert lengths.tolist() == [[2, 5, 1, 0], [1, 2, 3, 0]] and logprobs[:, 3].tolist() == [0, 0]
+    assert logprobs[:, 3].tolist() == [0, 0]
 
 
 @torch.no_grad()
@@ -185,7 +186,8 @@ def test_scores_of_a_pair_with_one_beginning(classifier):
     """reward_model.py --share_prefix: pairs of all sizes in one row each have the scores of their rows alone."""
     parts = random_rows(6, 2, 1, 3, 5, 2, 1, 1, 3)  # beginning, chosen, rejected of each; within the attention window
     pairs = [(start + chosen, start + rejected, {}) for start, chosen, rejected in (parts[:3], parts[3:6], parts[6:])]
-    scores = reward_model.PairModel(classifier)(*reward_model.collate_shared([*pairs, None], "cpu"))
+    model, args = reward_model.PackedScalarModel(classifier), reward_model.Args(share_prefix=True)
+    scores = reward_model.pair_scores(model, [*pairs, None], PAD, args, "cpu")
     for i, pair in enumerate(pairs):
         for side in (0, 1):
             hidden = classifier.base_model(input_ids=torch.tensor([pair[side]]), use_cache=False).last_hidden_state
@@ -267,9 +269,6 @@ def ppo_args(sft_model, rm, rows, out):
 
 
 def dpo_args(model, rows, pairs, out):
-    config = json.loads((model / "config.json").read_text())
-    if config.get("sliding_window"):  # rows are longer than 8 tokens
-        (model / "config.json").write_text(json.dumps(config | {"sliding_window": 64}))
     return dpo.Args(model=str(model), train_data=pairs, eval_data=(pairs,), eval_prompts=rows, gold_function=None,
                     epochs=1, batch_size=3, response_length=4, warmup_ratio=0.0, lr=1e-3,
                     ref_cache=str(out.with_name("ref_logprobs")), output_dir=str(out))

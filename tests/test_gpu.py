@@ -5,6 +5,7 @@ python -m pytest -m gpu tests
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EOS, PAD = 0, 60
 FORBIDDEN = torch.arange(64, device=DEVICE) == PAD
+ARGS = SimpleNamespace(temperature=0.7, response_length=6)
 
 
 def prompts_and_responses():
@@ -26,6 +28,11 @@ def prompts_and_responses():
     for row, end in enumerate((2, 0, 5, 3)):
         responses[row, end] = EOS
     return queries, responses
+
+
+def episodes_on(device, queries, responses):
+    tokenizer = SimpleNamespace(pad_token_id=PAD, batch_decode=lambda rows, **_: ["" for _ in rows])
+    return ppo.Episodes([(ids, "") for ids in queries], responses.to(device), tokenizer, torch.tensor([EOS], device=device))
 
 
 def slow_logprobs(model, queries, responses, temperature):
@@ -44,14 +51,9 @@ def test_padded_logprobs_equal_those_of_single_rows(tiny_lm, dtype, tolerance):
     queries, responses = prompts_and_responses()
     with torch.no_grad():
         expected = slow_logprobs(tiny_lm.to(dtype), queries, responses, 0.7)
-        model = tiny_lm.to(DEVICE, dtype)
-        responses, lengths, _ = ppo.truncate_at_eos(responses.to(DEVICE), torch.tensor([EOS], device=DEVICE), PAD)
-        sequences, widths = ppo.join(queries, responses, lengths)
-        ids, mask, tr, shift = ppo.right_aligned(range(5), sequences, widths, PAD, DEVICE)
-        logits = ppo.response_logits(model, ids, mask, tr, 0.7, FORBIDDEN)
-        logprobs = ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
-    counts = torch.arange(tr, device=DEVICE) < lengths[:, None]
-    assert (logprobs.cpu() - expected)[counts.cpu()].abs().max() < tolerance
+        episodes = episodes_on(DEVICE, queries, responses)
+        logprobs = ppo.response_logprobs(tiny_lm.to(DEVICE, dtype), episodes, range(5), ARGS, FORBIDDEN)
+    assert (logprobs.cpu() - expected).abs().max() < tolerance
     assert logprobs.dtype == torch.float32
 
 
@@ -81,16 +83,12 @@ def losses_and_gradient(model, device):
     queries, responses = prompts_and_responses()
     model = model.to(device)
     model.zero_grad()
-    responses, lengths, _ = ppo.truncate_at_eos(responses.to(device), torch.tensor([EOS], device=device), PAD)
-    sequences, widths = ppo.join(queries, responses, lengths)
-    ids, mask, tr, shift = ppo.right_aligned(range(5), sequences, widths, PAD, device)
-    logits = ppo.response_logits(model, ids, mask, tr, 0.7, FORBIDDEN.to(device))
-    logprobs = ppo.left_aligned(ppo.token_logprobs(logits, ids[:, -tr:]), shift)
-    counts, _ = ppo.response_masks(lengths, tr)
-    old = (logprobs.detach() + torch.linspace(-0.3, 0.3, tr, device=device))
-    advantages = ppo.masked_whiten(torch.linspace(-1, 2, 5 * tr, device=device).view(5, tr), counts)
+    episodes = episodes_on(device, queries, responses)
+    logprobs = ppo.response_logprobs(model, episodes, range(5), ARGS, FORBIDDEN.to(device))
+    old = logprobs.detach() + torch.linspace(-0.3, 0.3, 6, device=device)
+    advantages = ppo.masked_whiten(torch.linspace(-1, 2, 30, device=device).view(5, 6), episodes.mask)
     losses, _ = ppo.policy_losses(logprobs, old, advantages, 0.2)
-    loss = (losses * counts).sum() / counts.sum()
+    loss = (losses * episodes.mask).sum() / episodes.mask.sum()
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
 

@@ -6,7 +6,6 @@ The whole kill matrix is experiments/kill_resume.py; here is a short form of it.
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import os
 import random
@@ -649,11 +648,10 @@ def test_numbers_that_go_wrong_stop_dpo(first_bad, tmp_path, monkeypatch, capsys
     real = {name: getattr(dpo, name) for name in ("response_logprobs", "sigmoid_losses", "optimizer_step")}
 
     def response_logprobs(*args):
-        logprobs, lengths = real["response_logprobs"](*args)
+        logprobs = real["response_logprobs"](*args)
         bad = first_bad == "logps" and torch.is_grad_enabled() and len(steps) == 2
-        return logprobs * NAN if bad else logprobs, lengths
+        return logprobs * NAN if bad else logprobs
 
-    @functools.wraps(dpo.sigmoid_losses)
     def sigmoid_losses(*args, **kwargs):
         losses = real["sigmoid_losses"](*args, **kwargs)
         return losses * NAN if first_bad == "train/loss" and losses.requires_grad and len(steps) == 2 else losses

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 import transformers
-from conftest import ROOT, tiny_config
+from conftest import ROOT, check_step, set_weights, tiny_config, watch_steps
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 from transformers import GPT2ForSequenceClassification, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from transformers import JambaConfig, LlamaConfig, LlamaForSequenceClassification, MistralConfig
 
 import reward_model
+from utils import packing
 from utils.data import pad, permutation, rows_of_this_rank
 from utils.launch import create_engine, init_distributed
 from utils.models import load_classifier, load_tokenizer, save_model
@@ -166,17 +167,30 @@ def test_main_visits_every_pair_once_an_epoch_chosen_first(files, tmp_path, toke
     assert set(epochs[0][:8]) != set(epochs[1][:8])
 
 
+def shared(pairs):
+    """ids, segments of --share_prefix."""
+    pairs = [pair[:2] if pair else ([0], [0]) for pair in pairs]
+    return packing.share_prefix([(*pair, packing.shared_length(*pair)) for pair in pairs], "right", "cpu")
+
+
+def scores_of_pairs(model, pairs, share_prefix=True):
+    return reward_model.pair_scores(model, pairs, PAD, reward_model.Args(share_prefix=share_prefix), "cpu")
+
+
 def test_detail_e27_rows_hold_the_common_beginning_once():
-    """The row of the docstring, none in common, one the other's beginning, equal ids, a None: all by hand."""
+    """The row of packing's docstring, none in common, one the other's beginning, equal ids, a None: all by hand."""
     pairs = [([5, 6, 7, 8, 8, 0], [5, 6, 7, 9, 0], {}), ([5, 0], [6, 5, 0], {}), ([5, 6, 0], [5, 6, 0, 7, 0], {}),
              ([5, 0], [5, 0], {}), None]
-    ids, segments, positions = reward_model.collate_shared(pairs, "cpu")
+    ids, segments = shared(pairs)
     assert ids.tolist() == [[5, 6, 7, 8, 8, 0, 9, 0], [5, 0, 6, 5, 0, 0, 0, 0], [5, 6, 0, 0, 7, 0, 0, 0],
                             [5, 0, 0, 0, 0, 0, 0, 0], [0] * 8]
-    assert segments.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3], [2, 2, 3, 3, 3, 0, 0, 0], [1, 1, 2, 3, 3, 3, 0, 0],
-                                 [1, 2, 3, 0, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0]]
+    assert segments.tolist() == [[-1, -1, -1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 2, 0, 0, 0], [-1, -1, 1, 2, 2, 2, 0, 0],
+                                 [-1, 1, 2, 0, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0]]
+    positions = packing.packed_inputs(segments, torch.float32)["position_ids"]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4], [0, 1, 0, 1, 2, 0, 0, 0], [0, 1, 2, 2, 3, 4, 0, 0],
                                   [0, 1, 1, 0, 0, 0, 0, 0], [0] * 8]
+    lengths = [(reward_model.row_length(pair, True), reward_model.row_length(pair, False)) for pair in pairs[:4]]
+    assert lengths == [(8, 6), (5, 3), (6, 5), (3, 2)]
 
 
 # ---- Model ------------------------------------------------------------------------------------------------
@@ -284,7 +298,7 @@ SIZES = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_h
 @pytest.fixture(params=["gpt_neox", "gpt2", "llama"])
 def pair_model(request, tiny_classifier):
     torch.manual_seed(2)
-    return reward_model.PairModel(
+    return reward_model.PackedScalarModel(
         tiny_classifier if request.param == "gpt_neox" else tiny_gpt2_scalar_model().classifier
         if request.param == "gpt2" else LlamaForSequenceClassification(LlamaConfig(**SIZES)).eval())
 
@@ -305,32 +319,33 @@ def test_detail_e27_scores_equal_those_of_separate_rows(pair_model):
     pairs = random_pairs()
     expected = torch.stack([torch.stack([value_at_end(pair_model, pair[side]) for pair in pairs]) for side in (0, 1)])
     assert expected[:, :6].flatten().unique().numel() == 12  # the last pair has equal ids
-    scores = pair_model(*reward_model.collate_shared([*pairs, None], "cpu"))
-    alone = torch.cat([pair_model(*reward_model.collate_shared([pair], "cpu")) for pair in pairs], dim=1)
-    for found in (scores[:, :7], alone):
+    scores = scores_of_pairs(pair_model, [*pairs, None])
+    alone = torch.cat([scores_of_pairs(pair_model, [pair]) for pair in pairs], dim=1)
+    plain = scores_of_pairs(pair_model, [*pairs, None], share_prefix=False)
+    for found in (scores[:, :7], alone, plain[:, :7]):
         assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-5 * expected.abs().max()
     pair_model.reward_mean = 2.5
-    assert torch.allclose(pair_model(*reward_model.collate_shared(pairs, "cpu")), expected - 2.5, atol=1e-5)
+    assert torch.allclose(scores_of_pairs(pair_model, pairs), expected - 2.5, atol=1e-5)
 
 
 def test_detail_e27_gradient_equals_that_of_separate_rows(pair_model):
     """The loss of shared rows has the gradient of the one of separate rows, to a relative norm of 1e-5."""
     pairs, gradients = random_pairs(), []
     separate = [torch.stack([value_at_end(pair_model, pair[side]) for pair in pairs]) for side in (0, 1)]
-    shared = pair_model(*reward_model.collate_shared([*pairs, None], "cpu"))[:, :7]
-    for chosen, rejected in (shared, separate):
+    both = [scores_of_pairs(pair_model, [*pairs, None], share_prefix)[:, :7] for share_prefix in (True, False)]
+    for chosen, rejected in (separate, *both):
         loss = reward_model.pair_losses(chosen, rejected).mean()
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*pair_model.parameters()])]))
-    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+    assert all((gradients[0] - other).norm() < 1e-5 * gradients[0].norm() for other in gradients[1:])
 
 
 @torch.no_grad()
 def test_detail_e27_mask_and_positions_by_hand(tiny_classifier):
     """What a model in bf16 is fed for the row of the docstring and a longer one: its mask, positions, and no PAD."""
-    fed, model = [], reward_model.PairModel(tiny_classifier.bfloat16())
+    fed, model = [], reward_model.PackedScalarModel(tiny_classifier.bfloat16())
     tiny_classifier.base_model.register_forward_pre_hook(lambda _, args, inputs: fed.append(inputs), with_kwargs=True)
     pairs = [([5, 6, 7, 8, 8, 0], [5, 6, 7, 9, 0], {}), ([5] * 8 + [0], [5] * 7 + [0], {})]
-    scores = model(*reward_model.collate_shared(pairs, "cpu"))
+    scores = scores_of_pairs(model, pairs)
     mask = fed[0]["attention_mask"]
     assert mask.dtype == torch.bfloat16 and scores.dtype == torch.float32 and mask.shape == (2, 1, 10, 10)
     assert mask.unique().tolist() == [torch.finfo(torch.bfloat16).min, 0]
@@ -608,41 +623,41 @@ def test_saved_folder_stands_alone(files, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("share_prefix", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [8, 3, 1])
-def test_main_equals_a_plain_torch_loop(micro_batch_size, share_prefix, files, tmp_path, tokenizer):
-    """T12: for any micro-batch size, 4 steps end where AdamW on the mean over pairs ends, row by row without pads."""
+def test_main_equals_a_plain_torch_loop(micro_batch_size, share_prefix, files, tmp_path, tokenizer, monkeypatch):
+    """T12: for any micro-batch size, main's 4 steps are AdamW's on the mean over pairs, row by row without pads."""
+    steps = watch_steps(monkeypatch, reward_model)
     run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size, share_prefix=share_prefix)
     model = load(files["model"], tokenizer)
     reward_model.init_head(model.classifier, 1)
-    start = flat(model)
+    assert torch.equal(flat(model), steps[0].before)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
     pairs = reward_model.load_pairs(files["train_data"], "--train_data", tokenizer, reward_model.Args())
     order = permutation(28, 1, 0)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    for step in range(4):
-        optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * step / 4))
+    for number, step in enumerate(steps):
+        set_weights(model, step.before)
+        optimizer.param_groups[0]["lr"] = 3e-3 * 0.5 * (1 + math.cos(math.pi * number / 4))
         losses = []
-        for chosen, rejected, _ in (pairs[i] for i in order[8 * step : 8 * step + 8]):
+        for chosen, rejected, _ in (pairs[i] for i in order[8 * number : 8 * number + 8]):
             losses.append(torch.log1p(torch.exp(value_at_end(model, rejected) - value_at_end(model, chosen))))
         optimizer.zero_grad()
         loss = torch.stack(losses).mean()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
-        row = rows[step + 1]
+        norm, row = check_step(step, model, optimizer), rows[number + 1]
         assert (row["train/loss"], row["train/grad_norm"]) == pytest.approx((loss.item(), norm), rel=1e-4)
-        optimizer.step()
-    assert (flat(load(tmp_path / "run", tokenizer)) - flat(model)).norm() < 1e-4 * (flat(model) - start).norm()
+    assert len(steps) == 4 and torch.equal(flat(load(tmp_path / "run", tokenizer)), steps[-1].after)
 
 
 def lengths_of_shared_rows(monkeypatch):
-    """A list that fills up with the tokens of each row of each call of collate_shared, None for a None."""
-    seen, original = [], reward_model.collate_shared
+    """A list that fills up with the tokens of each row of each call of share_prefix, None for a None."""
+    seen, original = [], packing.share_prefix
 
-    def spy(pairs, device):
-        ids, segments, position_ids = original(pairs, device)
-        seen.append([int((row > 0).sum()) if pair else None for pair, row in zip(pairs, segments)])
-        return ids, segments, position_ids
+    def spy(pairs, *rest):
+        ids, segments = original(pairs, *rest)
+        seen.append([None if pair == ([0], [0], 0) else int((row != 0).sum()) for pair, row in zip(pairs, segments)])
+        return ids, segments
 
-    monkeypatch.setattr(reward_model, "collate_shared", spy)
+    monkeypatch.setattr(reward_model, "share_prefix", spy)
     return seen
 
 

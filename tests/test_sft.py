@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, tiny_config
+from conftest import ROOT, check_step, set_weights, tiny_config, watch_steps
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaConfig
 from transformers import LlamaForCausalLM, MistralConfig, get_cosine_schedule_with_warmup
@@ -459,7 +459,7 @@ def test_sample_continues_each_prompt_as_if_alone(tokenizer):
     model = GPTNeoXForCausalLM(tiny_config(vocab_size=1000, pad_token_id=PAD)).eval()
     rows = PROMPTS + [{"prompt": "I would not have the old", "completion": " mat"}] + TEXTS
     args = sft.Args(num_samples=5, micro_batch_size=3, response_length=6, temperature=1e-4)
-    samples = sft.sample(model, encode_all(rows, tokenizer), tokenizer, args, "cpu")
+    samples = sft.sample(model, encode_all(rows, tokenizer), tokenizer, args)
     queries = [row["prompt"] for row in rows[:3]] + ["the cat", "so be"]  # the first two words of `text` rows
     assert [row["query"] for row in samples] == queries
     assert [row["reference"] for row in samples] == [row["completion"] for row in rows[:3]] + ["", ""]
@@ -617,31 +617,31 @@ def test_gradient_checkpointing_changes_nothing(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("micro_batch_size, completion_only", [(8, False), (3, True), (1, True)])
-def test_main_equals_a_plain_torch_loop(micro_batch_size, completion_only, trained, tmp_path):
-    """T12: for any micro-batch size, 4 steps end where AdamW on the mean over tokens ends, row by row without pads."""
+def test_main_equals_a_plain_torch_loop(micro_batch_size, completion_only, trained, tmp_path, monkeypatch):
+    """T12: for any micro-batch size, main's 4 steps are AdamW's on the mean over tokens, row by row without pads."""
     files, _ = trained
+    steps = watch_steps(monkeypatch, sft)
     run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size, completion_only=completion_only)
-    trained_model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     model = AutoModelForCausalLM.from_pretrained(files["model"])
-    start = flat(model)
+    assert torch.equal(flat(model), steps[0].before)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-5, weight_decay=0.01)
     tokenizer = load_tokenizer(files["model"], "--model")
     items = encode_all([json.loads(line) for line in open(files["train_data"])], tokenizer)
     order = permutation(28, 1, 0)
-    for step in range(4):
-        optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * step / 4))
+    for number, step in enumerate(steps):
+        set_weights(model, step.before)
+        optimizer.param_groups[0]["lr"] = 1e-2 * 0.5 * (1 + math.cos(math.pi * number / 4))
         loss, count = 0, 0
-        for ids, prompt_length, _ in (items[i] for i in order[8 * step : 8 * step + 8]):
+        for ids, prompt_length, _ in (items[i] for i in order[8 * number : 8 * number + 8]):
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             for t in range(prompt_length if completion_only else 1, len(ids)):
                 loss, count = loss - logprobs[t - 1, ids[t]], count + 1
         optimizer.zero_grad()
         (loss / count).backward()
-        row = read_metrics(tmp_path / "run")[step + 1]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        norm, row = check_step(step, model, optimizer), read_metrics(tmp_path / "run")[number + 1]
         assert (row["train/loss"], row["train/grad_norm"]) == pytest.approx(((loss / count).item(), norm), rel=1e-4)
-        optimizer.step()
-    assert (flat(trained_model) - flat(model)).norm() < 1e-4 * (flat(model) - start).norm()
+    assert len(steps) == 4
+    assert torch.equal(flat(AutoModelForCausalLM.from_pretrained(tmp_path / "run")), steps[-1].after)
 
 
 def test_resume_ends_with_the_same_bits(trained, tmp_path, capsys):

@@ -17,6 +17,7 @@ EXCEPTIONS = {
     "Args": "each script's own flags and defaults",
     "response_logprobs": "rows of PPO are Episodes, rows of DPO are pairs",
     "load_demonstrations": "sft.py needs prompt lengths and rows too; reward_model.py needs ids alone",
+    "row_length": "a pair of dpo.py has its prompt apart, which stands in the row once",
 }
 
 

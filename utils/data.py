@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.formats import standard_row
+from utils.formats import CNNDM_BATCHES, standard_row
 from utils.launch import all_sum, fail, fail_together, gather_rows, print0, rank, world_size
 from utils.models import first_line, is_hub_id
 
@@ -79,6 +79,9 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
             except UnicodeEncodeError as error:
                 fail(f"{flag} {path}, row {number}: column {name!r} has half a character (a lone surrogate, "
                      f"{error.object[error.start]!r}) at place {error.start + 1}. Remove it")
+        for name in ("chosen_finished", "rejected_finished"):
+            if not isinstance(row.get(name), (bool, type(None))):
+                fail(f"{flag} {path}, row {number}: column {name!r} must be true or false, found {row[name]!r:.60}")
         for name in wanted:
             if not isinstance(row.get(name), str):
                 fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
@@ -178,6 +181,31 @@ def _read_with_datasets(path, flag):
         fail(f"{flag} {path}: cannot be read ({first_line(error.__cause__ or error)})")
     endings = ("_token", "_token_len", "_token_response_label")  # the paper's sets have ids, 169 KiB a row
     return table.remove_columns([name for name in table.column_names if name.endswith(endings)]).to_list()
+
+
+def load_held_out(paths, flag, load, columns=()):
+    """{name: pairs} of held-out files, each under the name of its file, CNN/DM comparisons under one of their own.
+
+    load: path -> list of pairs, whose last item is the row. columns: names that every row must have.
+    """
+    names = {path: Path(path).stem for path in paths}
+    if len(set(names.values())) < len(names):  # files of one name in several folders
+        names = {path: path.replace("/", "_") for path in paths}
+    held_out = {}
+    for path, name in names.items():
+        apart = name if name.endswith("_cnndm") else name + "_cnndm"  # [detail 6] CNN/DM is another distribution
+        groups = {name: [], apart: []}
+        for pair in load(path):
+            missing = set(columns) - set(pair[-1])
+            if missing:
+                fail(f"--accuracy_by {missing.pop()}: no such column in {path}. Found: {', '.join(pair[-1])}")
+            groups[apart if pair[-1].get("batch") in CNNDM_BATCHES else name].append(pair)
+        for group, pairs in groups.items():
+            if pairs and group in held_out:
+                fail(f"{flag} {path}: its pairs and those of another file would both be called {group}. Rename it")
+            if pairs:
+                held_out[group] = pairs
+    return held_out
 
 
 def load_prompt_rows(path, flag, columns, tokenizer, max_prompt_length):
@@ -307,17 +335,18 @@ def rows_of_this_rank(rows):
     return mine + [None] * (longest - len(mine))
 
 
-def over_ranks(function, items, size_of, batch_size, what):
+def over_ranks(function, items, size_of, batch_size, what, even=False):
     """Results of `function`, which takes a list and returns one as long, for all items in their order.
 
-    The ranks share the items; like sizes are in one batch; a line on the progress comes every half minute.
+    The ranks share the items; like sizes are in one batch; a line on the progress comes every half minute. even: all
+    ranks call the function equally often, as a model in pieces (ZeRO 3) needs it, with None for an item at the end.
     """
     order = sorted(range(len(items)), key=lambda i: size_of(items[i]))
-    mine = [i for i in rows_of_this_rank(order) if i is not None]
+    mine = [i for i in rows_of_this_rank(order) if even or i is not None]
     found, began = [], time.time()
     printed = began
     for some in chunks(mine, batch_size):
-        found += function([items[i] for i in some])
+        found += function([None if i is None else items[i] for i in some])
         if time.time() - printed > 30:
             printed, left = time.time(), int((time.time() - began) / len(found) * (len(mine) - len(found)))
             print0(f"{what:<22}{len(found):,}/{len(mine):,}  left {left // 60}:{left % 60:02d}")

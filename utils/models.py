@@ -64,6 +64,13 @@ def load_tokenizer(path, flag):
     return tokenizer
 
 
+def check_vocabulary(path, flag, tokenizer, model):
+    """Fail in one line where the model at `path` has other tokens than `model`, whose tokenizer is given."""
+    if path != model and load_tokenizer(path, flag).get_vocab() != tokenizer.get_vocab():
+        fail(f"{flag} {path}: its vocabulary differs from that of --model {model}, so their probabilities cannot be "
+             "compared")
+
+
 def load_tokenizers(models, ref_model):
     """{path: tokenizer} of --models, and of --ref_model if there is one; the first one reads the data.
 
@@ -298,34 +305,3 @@ def check_length(model, tokens, flags):
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokens > limit:
         fail(f"{flags} = {tokens} tokens, but the model has {limit} positions. Lower the flags")
-
-
-@torch.no_grad()
-def check_mask(model, flag, max_length):
-    """Fail in one line unless the model obeys a mask (B, 1, T, T) that hides tokens in the middle of a row.
-
-    Layers that read a row in order (state-space, convolution, linear attention) do not, and where attention reaches
-    back a limited number of tokens, the mask would take the place of that limit. The probe is one small forward.
-    """
-    for name in ("sliding_window", "window_size", "attention_chunk_size"):
-        limit = getattr(model.config, name, None)
-        if isinstance(limit, int) and limit < max_length:
-            fail(f"{flag} with --max_length {max_length}: this model attends to {limit} tokens ({name}), and rows must "
-                 "not be longer")
-    ids = torch.arange(24).repeat(2, 1)
-    ids[1, 8:16] += 8  # the two rows differ where tokens 16 to 23 must not look
-    ids %= model.get_input_embeddings().num_embeddings
-    seen = torch.ones(24, 24, dtype=torch.bool).tril()
-    seen[16:, 8:16] = False
-    dtype = next(model.parameters()).dtype
-    mask = torch.zeros(2, 1, 24, 24, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    try:
-        first, second = model.base_model(  # not the model: a classifier's logits are those of the last token alone
-            input_ids=ids, attention_mask=mask, position_ids=torch.arange(24).repeat(2, 1),
-            use_cache=False).last_hidden_state[:, 16:].float()
-        rounding = 1e-5 if dtype == torch.float32 else 1e-2
-        obeys = bool((first - second).abs().max() <= rounding * first.std())
-    except (ValueError, RuntimeError):
-        obeys = False
-    if not obeys:
-        fail(f"{flag}: this model ({model.config.model_type}) does not obey a mask that hides tokens within a row")
