@@ -48,7 +48,7 @@ def rows():
     found = {}
     for line in (ROOT / "docs/details.md").read_text().splitlines():
         if re.match(r"\| [EGW]?\d+ \|", line):
-            number, _, _, links, test = (cell.strip() for cell in line.strip("|").split(" | "))
+            number, _, _, links, _, test = (cell.strip() for cell in line.strip("|").split(" | "))
             assert number not in found, f"detail {number} has two rows"
             found[number] = (links, *test.strip("` |").split("::"))
     return found
@@ -77,6 +77,17 @@ def test_every_detail_of_the_paper_is_there_or_says_why():
     without = re.search(r"Without a row, .*?\n\n", (ROOT / "docs/details.md").read_text(), re.S)[0]
     missing = [number for number in range(1, 50) if str(number) not in rows()]
     assert missing and all(re.search(rf"\({number}[:)]", without) for number in missing)
+
+
+def test_every_row_of_a_paper_names_its_source():
+    """A pinned line of the paper's code, or the paper's section; so has every row that says what theirs does."""
+    pinned = r"\[[^]]+\]\(https://github\.com/[\w.-]+/[\w.-]+/blob/[0-9a-f]{40}/[\w./-]+#L\d+(-L\d+)?\)"
+    lines = [line for line in (ROOT / "docs/details.md").read_text().splitlines() if re.match(r"\| [EGW]?\d+ \|", line)]
+    assert len(lines) > 80
+    for line in lines:
+        number, fact, why, _, source, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+        if number[0] != "E" or "theirs" in (fact + why).lower():
+            assert re.fullmatch(rf"{pinned}|\[TRL [\d.]+, {pinned[2:]}|paper, sections? .*|ours.*", source), (number, source)
 
 
 def test_the_tests_that_rows_name_exist():
