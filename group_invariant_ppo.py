@@ -12,29 +12,30 @@
         advantages = kappa * advantages, kappa < 1 in the better groups
         repeat num_ppo_epochs times over these responses:
             the policy steps down its clipped surrogate loss, the critic its clipped squared error
-            the first time, group head and critic also step up the variance of the groups' returns
+            the first time, group head and critic also climb the variance of the groups' returns
 
 Run:     python group_invariant_ppo.py                   the embedded task, CPU, minutes
          deepspeed group_invariant_ppo.py --lr 5e-7      every GPU of this machine
 Reads:   --sft_model; --reward_model or --reward_function; --prompts with a column {prompt}
 Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metrics.jsonl, samples.jsonl,
-         group_head.safetensors,
-         summary.json, TensorBoard, checkpoints
+         summary.json, TensorBoard, checkpoints, group_head.safetensors
 Result:  README.md (embedded and other small tasks); not yet measured at the paper's scale
 
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 7.
-`[detail N]` are its numbers, `[E N]` our own choices; docs/details.md has every one with its reason.
+`[detail N]` are its numbers, `[E N]` our own choices, all listed in docs/details.md. `N+:` is its value of a flag.
 
-Differs from the paper's code, and so in the numbers:
+Differs from the paper's code in the numbers:
   1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
-  2. policy and critic have an optimizer each                                                 [E9]
-  3. sampling stops at EOS, which changes nothing that counts                                 [E10]
-  4. a token's noise is addressed by (seed, update, episode, position), not drawn in turn     [E11]
+  2. a token's noise is addressed by (seed, update, episode, position), not drawn in turn     [E11]
+and not in the numbers:
+  3. policy and critic have an optimizer each                                                 [E9]
+  4. sampling stops at EOS; what the paper's code samples after it counts nowhere             [E10]
 
 The groups: "Improving Generalization of Alignment with Human Preferences through Group Invariant Learning"
 (Zheng et al. 2023, arXiv 2310.11971): `[G N]`. Its code is not public, and much is reconstructed, see
-docs/group_invariant.md. In flags that ppo.py has, `Paper:` is N+'s value; this one's are temperature 0.8, top_p
-0.9, repetition_penalty 1.1, response_length 512, batch_size 64, 1 epoch, lr 5e-7, critic_lr 9e-6, vf_coef 1.
+docs/group_invariant.md. `Paper:` is its value of a flag. Of flags that ppo.py has, it differs from N+ in these:
+temperature 0.8, top_p 0.9, repetition_penalty 1.1, response_length 512, batch_size 64, num_ppo_epochs 1, lr 5e-7,
+critic_lr 9e-6, vf_coef 1.
 
 Shapes:  B episodes of this rank, b rows of a micro-batch, V vocabulary
          Tr response tokens (right-padded), Tq query tokens (left-padded, while sampling),
@@ -74,71 +75,72 @@ class Args:
     retokenize: bool = False
     """for a reward model with another tokenizer: it reads decoded texts, and the critic starts from the SFT model"""
     allow_pickle: bool = False
-    """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
+    """read model folders that have pickled weights (.bin) only: a stranger's pickle may run code when it is read"""
     reward_function: str | None = None
     """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
     gold_function: str | None = "assets.vader:positive"
     """module:name of such a function that only watches. The default judges the embedded task; None: no judge"""
     prompts: str = "assets/data/train.jsonl"
-    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. Paper: the SFT train split"""
+    """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. N+: the SFT train split"""
     eval_prompts: str = "assets/data/validation.jsonl"
     """held-out prompts"""
     max_prompt_length: int = 32
-    """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). Paper: 512"""
+    """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). N+: 512"""
 
     # rollouts
     response_length: int = 24
-    """tokens to sample at most. Paper: 53"""
+    """tokens to sample at most. N+: 53"""
     temperature: float = 0.7
-    """sampling temperature; log-probabilities are taken at the same one (detail 27). Paper: 0.7"""
+    """sampling temperature; log-probabilities are taken at the same one (detail 27). N+: 0.7"""
     top_p: float = 1.0
-    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. Paper: 1.0"""
+    """sample from the smallest set of tokens with this probability; log-probabilities ignore it. N+: 1.0"""
     repetition_penalty: float = 1.0
-    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. Paper: 1.0"""
+    """divide the logits of tokens seen before while sampling; log-probabilities ignore it. N+: 1.0"""
     missing_eos_score: float | None = -1.0
-    """replaces the score of a response without EOS (detail 23). Paper: -1.0; None: keep the score"""
+    """replaces the score of a response without EOS (detail 23). N+: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
-    """sequences decoded together per rank; changes memory and speed only. Paper: 64"""
+    """sequences decoded together per rank; changes memory and speed only. N+: 64 (1B) to 4 (6.9B)"""
     offload_frozen: bool = False
-    """keep reference and reward model in CPU memory while they are not used. Paper: True for 6.9B (detail 48)"""
+    """keep reference and reward model in CPU memory while they are not used. N+: True for 6.9B (detail 48)"""
     episodes_per_prompt: int = 1
     """episodes of a prompt in a row [G1]. Paper: 8"""
 
     # PPO. [detail 20] The paper's settings are Stiennon et al.'s (2020), but for the learning rate
     total_episodes: int = 3200
-    """episodes to roll out in all. Paper: 1,000,000"""
+    """episodes to roll out in all. N+: 1,000,000"""
     batch_size: int = 64
-    """episodes per update, over all ranks. Paper: 512"""
+    """episodes per update, over all ranks. N+: 512"""
     num_ppo_epochs: int = 4
-    """passes over the episodes of an update. Paper: 4"""
+    """passes over the episodes of an update. N+: 4"""
     num_minibatches: int = 1
-    """optimizer steps per pass. Paper: 1"""
+    """optimizer steps per pass. N+: 1"""
     micro_batch_size: int = 32
-    """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 16 (1B) to 1 (6.9B)"""
+    """sequences per forward and rank; with one minibatch it changes memory and speed, not the gradient. N+: 16
+    (1B) to 1 (6.9B)"""
     lr: float = 5e-4
-    """learning rate of the policy, falling linearly to 0. Paper: 3e-6"""
+    """learning rate of the policy, falling linearly to 0. N+: 3e-6"""
     critic_lr: float = 5e-4
-    """learning rate of the critic, falling linearly to 0. Paper: 3e-6"""
+    """learning rate of the critic, falling linearly to 0. N+: 3e-6"""
     weight_decay: float = 0.01
-    """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
+    """AdamW weight decay. N+: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
-    """AdamW epsilon. Paper: 1e-5"""
+    """AdamW epsilon. N+: 1e-5"""
     max_grad_norm: float = 0.0
-    """clip each model's global gradient norm here; 0 = off. Paper: off (detail 44)"""
+    """clip each model's global gradient norm here; 0 = off. N+: off (detail 44)"""
     kl_coef: float = 0.2
-    """price of a nat of KL from the reference, in reward. Paper: 0.05"""
+    """price of a nat of KL from the reference, in reward. N+: 0.05"""
     gamma: float = 1.0
-    """discount. Paper: 1.0"""
+    """discount. N+: 1.0"""
     lam: float = 0.95
-    """lambda of generalised advantage estimation. Paper: 0.95"""
+    """lambda of generalised advantage estimation. N+: 0.95"""
     cliprange: float = 0.2
-    """clip range of the ratio. Paper: 0.2"""
+    """clip range of the ratio. N+: 0.2"""
     cliprange_value: float = 0.2
-    """clip range of the value around the rollout's. Paper: 0.2"""
+    """clip range of the value around the rollout's. N+: 0.2"""
     vf_coef: float = 1.0
-    """weight of the value loss. Paper: 0.1"""
+    """weight of the value loss. N+: 0.1"""
     whiten_rewards: bool = False
-    """whiten rewards too, keeping their mean (detail 24). Paper: False"""
+    """whiten rewards too, keeping their mean (detail 24). N+: False"""
     score_clip: float = 5.0
     """scores are normalised by their running moments and clipped at plus and minus this; 0: neither. Paper: 5.0"""
 
@@ -150,25 +152,25 @@ class Args:
     beta_policy: float = 0.01
     """weight of the between-group variance that the policy minimises. Paper: 0.01"""
     dynamic_kl: bool = True
-    """times kl_coef: the probability of the best group. Paper: True"""
+    """multiply kl_coef by the probability of the best group. Paper: True"""
     group_level: Literal["trajectory", "prompt"] = "trajectory"
     """a group of queries and responses, or of queries alone. Paper: trajectory"""
     group_variance: Literal["mass", "uniform"] = "mass"
     """groups count by their shares, or all alike. Paper: uniform, as printed"""
     invariance_estimator: Literal["advantage", "exact"] = "advantage"
-    """gradient of the variance with advantages, labels taken as fixed, or with scores, exact. Paper: not known"""
+    """advantage: the labels are held fixed; exact: they move with the policy. Paper: not known"""
     group_head_lr: float = 5e-4
     """learning rate of the group head, falling linearly to 0. Paper: not known"""
 
     # evaluation
     eval_every: int = 10
-    """updates between evaluations on held-out prompts; one comes before the first, one after the last. Paper: 1"""
+    """updates between evaluations on held-out prompts; one comes before the first, one after the last. N+: 1"""
     num_eval_prompts: int = 500
     """held-out prompts, each continued with the same noise every time"""
 
     # run
     seed: int = 1
-    """decides the order of the prompts and all sampling noise. Paper: 44413, 55513, 66613, 77713"""
+    """decides the order of the prompts and the noise of the rollouts. N+: 44413, 55513, 66613, 77713"""
     output_dir: str | None = None
     """where to write; default: a new folder runs/ppo, runs/ppo-2, ..."""
     resume: bool = False
@@ -180,11 +182,11 @@ class Args:
 
     # machine
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 2 or 3. Paper: 2"""
+    """DeepSpeed ZeRO stage: 0, 2 or 3. N+: 2"""
     offload_optimizer: bool = False
     """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
     bf16: bool = False
-    """bf16 weights with fp32 master weights (GPUs). Paper: True"""
+    """bf16 weights with fp32 master weights (GPUs). N+: True"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     timeout_minutes: float = 30.0
@@ -202,15 +204,16 @@ class Args:
 
 def prompts_of_episodes(numbers, num_prompts, seed):
     """Index of the prompt of the n-th episode ever, for each n. [detail 21] Each pass has a new order."""
-    orders = {epoch: permutation(num_prompts, seed, epoch) for epoch in {n // num_prompts for n in numbers}}
+    passes = {n // num_prompts for n in numbers}
+    orders = {number: permutation(num_prompts, seed, number) for number in passes}
     return [orders[n // num_prompts][n % num_prompts] for n in numbers]
 
 
 def sampling_noise(seed, update, numbers, length):
     """Uniforms u[i, t] in [0, 1) for the episodes of these numbers: (B, length) float64.
 
-    [E11] They depend on (seed, update, episode, t) alone, and so do the samples, whatever the batch and the rows
-    that have ended. [detail 46] Nor do they depend on the rank (theirs: a seed for each).
+    [E11] They depend on (seed, update, episode, t) alone, so that a response is the same in any batch, and
+    [detail 46] on any rank (theirs: a seed for each rank).
     """
     return torch.tensor(np.stack([np.random.default_rng((seed, update, n)).random(length) for n in numbers]))
 
@@ -239,12 +242,12 @@ class ScalarModel(torch.nn.Module):
 
 
 class GroupCritic(ScalarModel):
-    """Values (B, T) in units of normalised scores, and states (B, d) that are `back` (B,) before the last."""
+    """Values (B, T) in units of normalised scores, and the state (B, d) `back` (B,) tokens before the end."""
 
-    units = 0.0, 1.0  # [G3] mean and sd of the first rollout's scores
+    units = 0.0, 1.0  # [G3] mean and sd, set to those of the first rollout's scores
 
     def forward(self, ids, mask, back):
-        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # as above
+        position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # as in ScalarModel
         hidden = self.classifier.base_model(
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), position_ids=position_ids,
             use_cache=False).last_hidden_state
@@ -273,7 +276,7 @@ def load_models(args, tokenizer):
     There is no reward model where a Python function takes its place. Its tokenizer is None where it is the
     policy's.
     """
-    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)
+    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed makes the bf16 copy
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
     reward_model = retokenizer = None
     if not args.reward_function:
@@ -281,7 +284,8 @@ def load_models(args, tokenizer):
         reward_model = ScalarModel(load_classifier(
             args.reward_model, "--reward_model", retokenizer or tokenizer, args.bf16)).eval()
     if reward_model and not retokenizer:
-        # [detail 22] the critic is a model of its own, and starts as the reward model, constant and all
+        # [detail 22] the critic is a model of its own that starts as the reward model. So at first the value of
+        # the state after EOS is the score, and advantages start without a shock
         classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)
     else:  # [E13] no reward model reads these tokens: it starts as the SFT model, with a head of zeros
         print0(f"{'critic':<22}starts from {args.sft_model} with a head of zeros, not from a reward model")
@@ -297,7 +301,7 @@ def load_models(args, tokenizer):
 
 
 def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids):
-    """Responses (B, Tr) to B prompts (ids, text), from noise (B, Tr). Like lengths are decoded together."""
+    """Responses (B, Tr) to B prompts (ids, text), from noise (B, Tr). Similar lengths are decoded together."""
     noise = noise.to(eos_ids.device)
     responses = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
@@ -314,10 +318,10 @@ def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids):
 def generate(
     model, queries, query_mask, noise, temperature, top_p, repetition_penalty, forbidden, eos_ids, pad_id
 ):
-    """Sample a response to each query until EOS, or until the noise ends.
+    """Sample a response to each query until EOS, or for Tr tokens.
 
-    queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms. Returns responses (B, Tr), PAD after
-    EOS. The model's stored generation config is never read.
+    queries, query_mask: (B, Tq), left-padded; noise: (B, Tr) uniforms; forbidden: (V,) bool, the tokens that are
+    never sampled. Returns responses (B, Tr), PAD after EOS. The model's stored generation config is never read.
     """
     responses = torch.full(noise.shape, pad_id, device=queries.device)  # (B, Tr)
     alive = torch.arange(len(queries), device=queries.device)  # rows still being decoded
@@ -361,11 +365,11 @@ def inverse_cdf(logits, uniforms):
     """The token at which the cumulative probability first exceeds u. logits (B, V), uniforms (B,) -> (B,)."""
     cdf = logits.double().softmax(-1).cumsum(-1)  # (B, V)
     tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
-    return tokens.clamp(max=cdf.shape[1] - 1)  # beyond the last one with NaN, which scoring will report
+    return tokens.clamp(max=cdf.shape[1] - 1)  # NaN logits point past the end; step 6 stops on them
 
 
 def keep_top_p(logits, top_p):
-    """Push every token outside the smallest set with probability >= top_p to -inf. logits (B, V)."""
+    """Logits (B, V) that are -inf outside the smallest set of tokens whose probability reaches top_p."""
     ordered, index = logits.sort(descending=True)
     mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
     ordered = ordered.masked_fill(mass_before >= top_p, float("-inf"))  # the first token always stays
@@ -393,7 +397,7 @@ class Episodes:
         self.sequences = [query + response[:length] for query, response, length in rows]
 
     def micro_batches(self, rows, size):
-        """These rows, `size` at a time. [E20] Like lengths are together, so that little is padded.
+        """These rows, `size` at a time. [E20] Similar lengths are together, so that little is padded.
 
         The longest come first: where memory is too small, the run ends in its first micro-batch.
         """
@@ -430,7 +434,7 @@ def truncate_at_eos(responses, eos_ids, pad_id):
 def response_masks(lengths, width):
     """mask (B, Tr): tokens that count, t <= e; value_mask (B, Tr): states whose value counts, t <= e + 1.
 
-    e is the index of the last kept token, EOS where there is one.
+    e = lengths - 1 is the index of the last kept token, EOS where there is one.
     """
     t = torch.arange(width, device=lengths.device)
     mask = t < lengths[:, None]  # [detail 30] log-probabilities after EOS are masked: KL 0 and ratio 1
@@ -471,7 +475,8 @@ def response_logits(model, ids, attention_mask, width, temperature, forbidden):
         input_ids=torch.where(attention_mask, ids, 0),  # [detail 3] PAD is never embedded
         attention_mask=attention_mask.long(), position_ids=position_ids, use_cache=False,
         logits_to_keep=width + 1).logits[:, :-1]  # [detail 28] token t is predicted one position before it
-    return scale_logits(logits, temperature, forbidden)  # [detail 27] at the temperature of the sampling
+    # [detail 27] at the sampling temperature: else the KL would be of another policy than the one that sampled
+    return scale_logits(logits, temperature, forbidden)
 
 
 def left_aligned(values, shift, length):
@@ -544,8 +549,8 @@ def k3(logprobs, ref_logprobs):
 def token_rewards(kl, scores, lengths, kl_coef):
     """-kl_coef * kl (B, Tr) at every token, plus scores (B,) at one index each -> (B, Tr).
 
-    e is the index of the last kept token. No token is chosen at e + 1: the score teaches the critic there, and
-    reaches the policy through the advantages before it.
+    e = lengths - 1 is the index of the last kept token. No token is chosen at e + 1. The score corrects the value
+    of that state, which starts as the score itself (detail 22), and reaches the policy through GAE.
     """
     rewards = -kl_coef * kl  # [detail 32] every token pays, EOS too
     # [detail 33] the score lands at e + 1, one step after EOS, or at e where that is the last column
@@ -572,7 +577,7 @@ def masked_whiten(values, mask, shift_mean=True):
     """
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_variance(values, mask) + 1e-8)
-    return (whitened if shift_mean else whitened + mean) * mask  # [detail 37] what does not count stays 0
+    return (whitened if shift_mean else whitened + mean) * mask  # [detail 37] 0 where nothing counts
 
 
 def gae(rewards, values, gamma, lam):
@@ -595,10 +600,12 @@ def gae(rewards, values, gamma, lam):
 #     s_g = sum_i p_ig / N    R_g = sum_i p_ig R_i / (N s_g)    w_g = s_g (mass) or 1/M (uniform)
 #     V              = sum_g w_g (R_g - R)^2, with R = sum_g w_g R_g
 #     pull_g         = dV/dR_g / s_g = 2 (w_g / s_g) (R_g - R)
-#     label gradient = N dV/dp_ig = pull_g (R_i - base_g), base_g = (R_g + R) / 2 (mass) or R_g (uniform)
+#     label gradient = N dV/dp_ig = pull_g (R_i - base_g), base_g = (R_g + R) / 2 (mass) or R_g (uniform),
+#                      up to a term that the labels of an episode share, which a softmax cannot see
 #     kappa_i        = 1 - beta_policy sum_g p_ig pull_g
 # Stage 1: group head and critic climb V, by the label gradient. Stage 2: the policy climbs J - beta_policy V,
 # J its reward: with labels and shares held fixed, that is the gradient of J with each advantage times kappa.
+# Both stages use the labels of the rollout, so their order within an update is free.
 
 
 def normalize(scores, moments, clip):
@@ -633,7 +640,7 @@ def group_pull(labels, returns, kind):
 
 
 def label_gradient(labels, returns, kind):
-    """The label gradient (B, M). [G7] It lacks a term that a row's labels share: a softmax cannot see it."""
+    """The label gradient (B, M) [G7]."""
     pull, base = group_pull(labels, returns, kind)
     return (pull * (returns[:, None] - base)).to(labels.dtype)
 
@@ -658,25 +665,32 @@ def policy_losses(new_logprobs, logprobs, advantages, cliprange):
     ratio = torch.exp(new_logprobs - logprobs)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1.0 - cliprange, 1.0 + cliprange)
-    return torch.maximum(unclipped, clipped), (clipped > unclipped).float()  # [detail 38] the larger loss
+    return torch.maximum(unclipped, clipped), (clipped > unclipped).float()  # [detail 38] the worse case
 
 
 def value_losses(new_values, values, returns, cliprange_value):
-    """Half the squared error, clipped around the old value, and where it is clipped. All (..., B, Tr)."""
+    """Half the squared error of the new value, or of it clipped near the rollout's, and where the latter counts.
+
+    All (..., B, Tr).
+    """
     clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (clipped_values - returns) ** 2
-    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()  # [detail 39] the larger
+    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()  # [detail 39] the worse case
 
 
 def check_first_ratio(log_ratio, saved_on_failure, folder, update, bf16):
-    """Stop where scoring and update disagree before any training. log_ratio: (rows, Tr), 0 if all is well."""
+    """Stop where the log-probabilities moved before the first step. log_ratio: (rows, Tr), 0 if all is well.
+
+    Scoring and update call the same function on the same rows. What can differ is the model: dropout, a forward
+    that is not deterministic, or a change that somebody made to one of the two places.
+    """
+    stop_if_not_finite({"first log-ratio": log_ratio}, saved_on_failure, folder, update)
     drift = float(all_max(log_ratio.abs().max()))
-    stop_if_not_finite({"first log-ratio": drift}, saved_on_failure, folder, update)
     if drift > 1e-4 and bf16:
         print0(f"warning: update {update}: first log ratio off by {drift:.1e} (bf16 rounding)")
     elif drift > 1e-4:
-        fail(f"update {update}: log-probabilities moved by {drift:.1e} before any training. Scoring and "
-             "update disagree: dropout, temperature, padding or the model's forward")
+        fail(f"update {update}: log-probabilities moved by {drift:.1e} before its first step. Scoring and "
+             "update disagree: dropout, or a forward that is not deterministic")
 
 
 # ---- Metrics ----------------------------------------------------------------------------------------------
@@ -772,7 +786,7 @@ def main(args: Args):
         engines[name] = create_engine(model, optimizer, args)
     eos_ids = torch.tensor(eos_token_ids(policy, tokenizer), device=device)
     vocabulary_size = ref_policy.get_output_embeddings().weight.shape[0]
-    forbidden = forbidden_tokens(tokenizer, vocabulary_size).to(device)  # [E12] these are never sampled
+    forbidden = forbidden_tokens(tokenizer, vocabulary_size).to(device)  # [E12] PAD, and ids without a token
 
     # 2. output folder, resume
     open_folder(folder, args, script)
@@ -835,14 +849,14 @@ def main(args: Args):
         decoder = rollout_weights(engines["policy"], decoding_copy).eval()
         responses = rollout(decoder, batch_prompts, noise, args, tokenizer, forbidden, eos_ids)
         engines["policy"].train()  # in eval mode gradient checkpointing does nothing
-        batch_prompts, responses = deal_by_length(  # [E28] each rank goes on with rows as long as the others'
+        batch_prompts, responses = deal_by_length(  # [E28] dealt anew to the ranks, so that none waits for another
             batch_prompts, responses, tokenizer.pad_token_id, args.micro_batch_size)
         episodes = Episodes(batch_prompts, responses, tokenizer, eos_ids)
         mask, value_mask = episodes.mask, episodes.value_mask  # (B, Tr) bool: tokens and states that count
         clock.append(time.time())
 
         # 4. scores (B,)
-        with on_device(reward_model, device, args.offload_frozen):  # [detail 48] there while it is used
+        with on_device(reward_model, device, args.offload_frozen):  # [detail 48] on the GPU only while it is used
             scores = score_responses(reward_model, reward_function, episodes, args, retokenizer)
         normalized = scores
         if args.score_clip:  # [G2] by the moments of all scores so far, the -1 of missing EOS included
@@ -852,10 +866,11 @@ def main(args: Args):
             if reward_model and not retokenizer:  # [G3] a head of zeros has no units
                 critic.units = progress["first_moments"][1:]
 
-        # 5. log-probabilities and values (B, Tr), by the very forwards that the first epoch will do again
+        # 5. log-probabilities and values (B, Tr), in the micro-batches of the first epoch: in others they would be
+        # padded and so rounded differently, and the first ratio would not be 1 [E14]
         plan = []  # [epoch][minibatch][micro-batch] -> rows of this rank
         for epoch in range(args.num_ppo_epochs):
-            # [detail 41] a new order in each epoch
+            # [detail 41] new minibatches in each epoch; within one, rows go by length
             order = permutation(len(numbers), args.seed, update, rank(), epoch)
             minibatches = chunks(order, len(numbers) // args.num_minibatches)
             plan.append([episodes.micro_batches(rows, args.micro_batch_size) for rows in minibatches])
@@ -875,15 +890,16 @@ def main(args: Args):
         kl_coefs, best_group = adaptive_kl_coefs(labels, normalized, args.kl_coef)  # [G10] (B,)
         kl_coefs = kl_coefs if args.dynamic_kl else torch.full_like(kl_coefs, args.kl_coef)
         rewards = token_rewards(kl, normalized, episodes.lengths, kl_coefs[:, None])
+        episode_returns = rewards.sum(1)  # (B,)
         # [G5] R_i: the exact estimator has no term for the KL that an episode pays
-        group_returns = normalized if args.invariance_estimator == "exact" else rewards.sum(1)
+        group_returns = normalized if args.invariance_estimator == "exact" else episode_returns
         gradient = label_gradient(labels, group_returns, args.group_variance)  # [G7] (B, M)
         kappas = advantage_multiplier(labels, group_returns, args.beta_policy, args.group_variance)
         if args.whiten_rewards:
-            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 35] over states
+            rewards = masked_whiten(rewards, value_mask, shift_mean=False)  # [detail 35] also over e + 1
         advantages, returns = gae(rewards, values, args.gamma, args.lam)
         inverse_sd = torch.rsqrt(masked_variance(advantages, mask) + 1e-8)
-        advantages = masked_whiten(advantages, mask)  # [detail 37] over tokens; not the returns
+        advantages = masked_whiten(advantages, mask)  # [detail 36] the returns stay as they are
         if args.invariance_estimator == "exact":  # [G9] shares depend on the policy too
             cost = args.beta_policy * (labels * gradient).sum(1, keepdim=True)  # (B, 1)
             advantages -= (cost - all_sum(cost.sum()) / args.batch_size) * inverse_sd
@@ -910,12 +926,12 @@ def main(args: Args):
                     pg_loss = (pg_losses * mask[rows]).sum() / num_tokens
                     engines["policy"].backward(pg_loss * world_size())  # DeepSpeed divides by the ranks
                     epoch_logprobs[epoch, rows] = new_logprobs.detach()
-                if not norms["policy"]:  # [E14] nothing is trained yet: the ratio must be 1
+                if not norms["policy"]:  # [E14] before the first step of this update the ratio must be 1
                     log_ratio = epoch_logprobs[0, members] - logprobs[members]
                     check_first_ratio(log_ratio, saved_on_failure, folder, update, args.bf16)
                 norms["policy"].append(optimizer_step(engines["policy"], lr))
 
-                for rows in minibatch:  # only now: the policy's gradients are gone
+                for rows in minibatch:  # [E9] after the policy's step: one model's gradients in memory at a time
                     new_values, states = values_and_states(engines["critic"], episodes, rows, args)
                     vf_losses, _ = value_losses(
                         new_values, values[rows], returns[rows], args.cliprange_value)  # (b, Tr)
@@ -925,9 +941,9 @@ def main(args: Args):
                         # goes on into the critic with the value loss
                         leaf = states.detach().requires_grad_()
                         gain = (engines["group_head"](leaf) * gradient[rows]).sum() / args.batch_size
-                        head_loss = -args.beta_critic * gain * args.num_minibatches
+                        head_loss = -args.beta_critic * gain * args.num_minibatches  # a step sees one minibatch
                         engines["group_head"].backward(head_loss * world_size())
-                        vf_loss = vf_loss + (leaf.grad * states).sum() / world_size()
+                        vf_loss = vf_loss + (leaf.grad * states).sum() / world_size()  # the leaf's has that factor
                     engines["critic"].backward(vf_loss * world_size())
                     epoch_values[epoch, rows] = new_values.detach()
                 if args.beta_critic and epoch == 0:
@@ -956,7 +972,7 @@ def main(args: Args):
         metrics |= episode_means(of_episodes, args.batch_size)
         metrics["policy/entropy_avg"] = masked_mean(entropies, mask)
         metrics |= group_metrics(labels, normalized, {
-            "score": scores, "return": rewards.sum(1), "kl": kl.sum(1), "length": episodes.lengths})
+            "score": scores, "return": episode_returns, "kl": kl.sum(1), "length": episodes.lengths})
         metrics["groups/variance"] = group_variance(labels, group_returns, args.group_variance)
         metrics |= {"groups/kappa_min": -all_max(-kappas.min()), "groups/kappa_max": all_max(kappas.max())}
         if group_of:

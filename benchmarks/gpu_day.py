@@ -140,7 +140,7 @@ def sampled(run):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, args = load_tokenizer("assets/sft", "--sft_model"), ppo.Args()
     prompts = ppo.load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: 32 if run.tiny else 256]
-    prompts.sort(key=lambda prompt: len(prompt[0]))  # as sample_responses takes them, in one batch
+    prompts.sort(key=lambda prompt: len(prompt[0]))  # as rollout takes them, in one batch
     args.rollout_batch_size = len(prompts)
     for dtype in ("fp32", "bf16"):
         model = load_causal_lm("assets/sft", "--sft_model", tokenizer, dtype == "bf16").to(device).eval()
@@ -155,7 +155,7 @@ def sampled(run):
 
         ppo.inverse_cdf = noted
         try:
-            responses = ppo.sample_responses(model, prompts, noise, args, tokenizer, forbidden, eos_ids)
+            responses = ppo.rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids)
         finally:
             ppo.inverse_cdf = draw
         episodes = ppo.Episodes(prompts, responses, tokenizer, eos_ids)

@@ -266,23 +266,24 @@ def test_evaluate_commands_are_understood():
 
 
 def test_help_states_the_papers_values():
-    """Where a flag's help says "Paper: 0.05", the number is that of the paper's table.
-
-    group_invariant_ppo.py: the N+ paper's where the text is that of ppo.py, and its own paper's otherwise.
-    """
+    """Where a flag's help says "Paper: 0.05" or "N+: 0.05", the number is that of that paper's table; and the header
+    of group_invariant_ppo.py names each flag in which the two papers differ."""
     tables = PAPER | {"group_invariant_ppo": GROUPS["group_invariant_ppo"]}
     stated = {}
     for name, table in tables.items():
         source = (ROOT / f"{name}.py").read_text()
         for flag, value in table.items():
-            text = re.search(rf'^    {flag}: .*\n    """.*Paper: (-?[\d.,e-]*\d)', source, re.M)
+            text = re.search(rf'^    {flag}: .*\n    """.*(Paper|N\+): (-?[\d.,e-]*\d)', source, re.M)
             if text and flag not in ("max_length", "num_samples"):  # 638 with 2021 for CNN/DM; all of them
-                stated[name, flag] = text[0].partition("\n")[2]
-                if name == "group_invariant_ppo" and stated[name, flag] == stated.get(("ppo", flag)):
-                    value = PAPER["ppo"][flag]
-                assert float(text[1].replace(",", "")) == float(value), (name, flag)
-    of_groups = {flag for name, flag in stated if name == "group_invariant_ppo"}
-    assert {"vf_coef", "episodes_per_prompt", "beta_policy"} <= of_groups
+                stated[name, flag] = text[1]
+                theirs = PAPER["ppo"] if text[1] == "N+" else table
+                assert float(text[2].replace(",", "")) == float(theirs[flag]), (name, flag)
+                if theirs[flag] != value:
+                    header = " ".join(source.split('"""')[1].split())
+                    assert f"{flag} {value:g}" in header or f"{flag} {value:.0e}".replace("e-0", "e-") in header, flag
+    assert {name: stated["group_invariant_ppo", name] for name in ("vf_coef", "episodes_per_prompt", "beta_policy")} == {
+        "vf_coef": "N+", "episodes_per_prompt": "Paper", "beta_policy": "Paper"}
+    assert stated["ppo", "kl_coef"] == "N+" and stated["sft", "lr"] == "Paper"
 
 
 # ---- The worked example -----------------------------------------------------------------------------------
