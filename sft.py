@@ -61,7 +61,7 @@ class Args:
     """tokens of a TL;DR prompt; longer posts are cut, paragraph by paragraph (detail 2). Paper: 512"""
     pack_length: int = 0
     """put several rows into sequences of up to so many tokens, each blind to the others: faster where lengths
-    differ; needs a model that obeys such a mask (E21). Batch sizes count such sequences. 0 = off. Paper: off"""
+    differ; needs a model that obeys such a mask (E21). Batch sizes count packs. 0 = off. Paper: off"""
     completion_only: bool = False
     """count completion tokens alone in the loss. Paper: False, prompt tokens count too (detail 9)"""
 

@@ -41,7 +41,7 @@ MUTANTS = {  # number: (file, text, broken text)
            "np.arange(0, sizes.max() + width, width)"),
     "19": ("dpo.py", "args.beta * (logprobs - ref_logprobs)\n    correct", "args.beta * logprobs\n    correct"),
     "20": ("ppo.py", "    cliprange: float = 0.2\n", "    cliprange: float = 0.1\n"),
-    "21": ("ppo.py", "permutation(num_prompts, seed, epoch)", "permutation(num_prompts, seed)"),
+    "21": ("ppo.py", "permutation(num_prompts, seed, number)", "permutation(num_prompts, seed)"),
     "22": ("ppo.py", 'classifier = load_classifier(args.reward_model, "--reward_model", tokenizer)',
            'classifier = load_classifier(args.sft_model, "--sft_model", tokenizer, new_head=True)'),
     "23": ("ppo.py", "torch.where(episodes.ended, scores, args.missing_eos_score)",

@@ -93,9 +93,9 @@ def test_the_committed_difference_is_the_current_one():
 
 
 def test_the_difference_is_short():
-    """At most 242 lines of any kind, added or removed, lie between ppo.py and group_invariant_ppo.py."""
+    """At most 250 lines of any kind, added or removed, lie between ppo.py and group_invariant_ppo.py."""
     changed = [line for line in difference().splitlines()[2:] if line[0] in "+-"]
-    assert 100 < len(changed) <= 242, len(changed)
+    assert 100 < len(changed) <= 250, len(changed)
 
 
 if __name__ == "__main__":

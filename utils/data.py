@@ -69,7 +69,12 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
         fail(f"{flag} {path}: found the columns {{{found}}}; understood are {understood}, the same as messages, and "
              "the layouts in utils/formats.py")
-    others = {name for names in columns for name in names} - set(wanted)
+    _check_rows(rows, wanted, {name for names in columns for name in names} - set(wanted), flag, path)
+    return rows
+
+
+def _check_rows(rows, wanted, others, flag, path):
+    """Drop the columns of other alternatives; fail in one line at the first value that no script can use."""
     for number, row in enumerate(rows, 1):
         for name in others & set(row):
             del row[name]
@@ -85,7 +90,6 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         for name in wanted:
             if not isinstance(row.get(name), str):
                 fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
-    return rows
 
 
 def _texts(name, value, eos):
