@@ -1,6 +1,6 @@
 """DPO: a language model trained on preferences directly, against a frozen reference, without a reward model.
 
-    reference = policy = the SFT model; the reference never changes
+    policy and reference both start as the SFT model; the reference never changes
     for each batch of (prompt x, chosen response y_w, rejected response y_l), in random order:
         logprobs     = log pi(y|x) of both responses under the policy, each a sum over its tokens
         ref_logprobs = the same under the reference
@@ -36,7 +36,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -159,10 +159,20 @@ class Args:
 # ---- Data -------------------------------------------------------------------------------------------------
 
 
-def encode_response(response, finished, tokenizer, eos_ids):
-    """Token ids of a response after its prompt, with exactly one terminator where the sampler had ended [W3].
+class Pair(NamedTuple):
+    """Token ids of a prompt and of both responses to it, and the row of the data set that they come from."""
 
-    That is the first of those at the end of the text (a template's end of turn), or else the tokenizer's EOS.
+    prompt: list
+    chosen: list
+    rejected: list
+    row: dict
+
+
+def encode_response(response, finished, tokenizer, eos_ids):
+    """Token ids of a response after its prompt. [W3] It ends with one terminator, with none if it was cut.
+
+    The terminator is the one that the text brings (a template's end of turn), else the tokenizer's EOS. Of
+    several at the end of the text the first is kept.
     """
     ids = tokenizer(response, add_special_tokens=False).input_ids  # [E1] never merged with the prompt
     terminator = tokenizer.eos_token_id
@@ -172,7 +182,7 @@ def encode_response(response, finished, tokenizer, eos_ids):
 
 
 def load_preferences(path, flag, tokenizer, eos_ids, args):
-    """List of (prompt ids, chosen ids, rejected ids, row), without unusable and too long pairs, counted."""
+    """List of Pairs, without those that cannot be used or are too long, which are counted."""
     rows = load_rows(path, flag, [("prompt", "chosen", "rejected")], tokenizer, args.max_prompt_length)
     different = [row for row in rows if row["chosen"] != row["rejected"]]
     pairs, dropped = [], {"chosen equal to rejected": len(rows) - len(different), "empty": 0,
@@ -187,21 +197,23 @@ def load_preferences(path, flag, tokenizer, eos_ids, args):
         elif len(prompt) + max(len(chosen), len(rejected)) > args.max_length:  # [W4] a cut would lose the end
             dropped[f"over {args.max_length} tokens"] += 1
         else:
-            pairs.append((prompt, chosen, rejected, row))
+            pairs.append(Pair(prompt, chosen, rejected, row))
     describe(flag, path, [row_length(pair, False) for pair in pairs], dropped)
     return pairs
 
 
 def row_length(pair, shared):
     """Tokens of the longest row of a pair. shared: whether both responses stand in one row."""
-    prompt, chosen, rejected, _ = pair
-    return len(prompt) + (len(chosen) + 1 + len(rejected) if shared else max(len(chosen), len(rejected)))
+    chosen, rejected = len(pair.chosen), len(pair.rejected)
+    if shared:  # the prompt's last token stands twice there: it predicts both first tokens
+        return len(pair.prompt) + chosen + 1 + rejected
+    return len(pair.prompt) + max(chosen, rejected)
 
 
 def collate_pairs(pairs, device):
     """Pairs as left-padded rows, B chosen, then B rejected: ids, mask (2B, T), response lengths (2B,)."""
-    rows = [(pair[0], pair[side]) for side in (1, 2) for pair in pairs]
-    ids, mask = pad([prompt + response for prompt, response in rows], 0, "left", device)  # [detail 3] no PAD
+    rows = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    ids, mask = pad([prompt + response for prompt, response in rows], 0, "left", device)  # [detail 3] 0, not PAD
     return ids, mask, torch.tensor([len(response) for _, response in rows], device=device)
 
 
@@ -229,10 +241,13 @@ def token_logprobs(logits, tokens):
 
 
 def pair_logprobs(model, pairs, args, device):
-    """log pi of the chosen and the rejected responses of B pairs, in one forward -> (2, B); 0 for a None."""
-    pairs = [pair[:3] if pair else ([0], [], []) for pair in pairs]
+    """log pi of the chosen and the rejected responses of B pairs, in one forward -> (2, B).
+
+    A None among the pairs is there because every rank must run as many micro-batches as the others. It gets 0.
+    """
+    pairs = [pair or Pair([0], [], [], {}) for pair in pairs]
     if args.share_prefix:
-        return shared_logprobs(model, pairs, device)  # the same numbers
+        return shared_logprobs(model, [pair[:3] for pair in pairs], device)  # the same numbers
     return response_logprobs(model, *collate_pairs(pairs, device)).view(2, -1)
 
 
@@ -305,15 +320,15 @@ def score_pairs(model, pairs, args, device):
         return pair_logprobs(model, some, args, device).T.tolist()
 
     logprobs = over_ranks(score, pairs, lambda pair: row_length(pair, args.share_prefix),
-                          2 * args.micro_batch_size, "log-probabilities", even=True)
-    return np.array(list(zip(*logprobs)), dtype=np.float32)
+                          2 * args.micro_batch_size, "log-probabilities", even=True)  # N of (chosen, rejected)
+    return np.array(logprobs, dtype=np.float32).T.copy()
 
 
 def reference_logprobs(reference, pairs, name, args, device):
     """score_pairs of the reference, read from --ref_cache where it was computed before [W6].
 
     The key is a hash of the reference's weights, config and precision, of all token ids (so of tokenizer,
-    data and length limits), and of what decides about rounding: batches, layout, ranks, device, version.
+    data and length limits), and of what decides about rounding: batches, layout, ranks, device, versions, ZeRO.
     """
     def compute():
         return score_pairs(reference, pairs, args, device)
@@ -332,7 +347,7 @@ def evaluate_pairs(engine, pairs, ref_logprobs, args):
     losses = preference_losses(torch.tensor(logprobs), torch.tensor(ref_logprobs), args)
     chosen, rejected = args.beta * (logprobs - ref_logprobs)
     correct = accuracy(chosen, rejected)
-    low, high = clustered_interval(correct, [row["prompt"] for *_, row in pairs])
+    low, high = clustered_interval(correct, [pair.row["prompt"] for pair in pairs])
     return {
         "loss": losses.mean(), "rewards/accuracies": correct.mean(), "rewards/accuracies_low": low,
         "rewards/accuracies_high": high, "rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
@@ -374,12 +389,10 @@ def main(args: Args):
     held_out = load_held_out(args.eval_data, "--eval_data", lambda path: load_preferences(
         path, "--eval_data", tokenizer, eos_ids, args))  # {name: pairs}
     prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
-    gold_function = load_function(args.gold_function, "--gold_function")
-    if gold_function:
-        call_judge(gold_function, "--gold_function", [prompts[0][1]] * 2, [" a", " b"])  # a trial
+    gold_function = load_function(args.gold_function, "--gold_function", prompts[0][1])
     ref_path, ref_flag = (args.ref_model, "--ref_model") if args.ref_model else (args.model, "--model")
     check_vocabulary(ref_path, ref_flag, tokenizer, args.model)
-    # [W1] never trained, never replaced [W5] in the precision of the policy
+    # [W1] the reference is never trained and never replaced. [W5] It has the precision of the policy's forward
     reference = load_causal_lm(ref_path, ref_flag, tokenizer, args.bf16).eval()
     check_length(reference, args.max_length, "--max_length")
     if args.share_prefix:  # [W13] responses are blind to one another
@@ -395,11 +408,11 @@ def main(args: Args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.to(device)
-    optimizer = torch.optim.AdamW(  # [W11] eps 1e-8, no weight decay, clipping at 1: the trainer's defaults
+    optimizer = torch.optim.AdamW(  # [W11] eps 1e-8, no decay, clipping at 1: defaults of transformers' Trainer
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
     engine = create_engine(model, optimizer, args)
     open_folder(folder, args, "dpo")
-    reference.to(device)  # [W5] after create_engine: ZeRO 3 changes the matrix product, of both from now on
+    reference.to(device)  # [W5] after create_engine: at ZeRO 3 that replaces torch's linear, for both models
     held_out_ref = {name: reference_logprobs(reference, pairs, name, args, device)
                     for name, pairs in held_out.items()}
     if args.ref_cache:
@@ -416,7 +429,8 @@ def main(args: Args):
     print_memory_plan(args, count_parameters(model), sum(
         count_parameters(model) for model in (reference, decoding_copy) if model))
     note_small_lr(args.lr, Args.lr, count_parameters(model))
-    show_example(tokenizer, train[0][0] + train[0][1], [False] * len(train[0][0]) + [True] * len(train[0][1]))
+    prompt, chosen = train[0].prompt, train[0].chosen
+    show_example(tokenizer, prompt + chosen, [False] * len(prompt) + [True] * len(chosen))
 
     def evaluate(step):
         metrics = {}
@@ -446,32 +460,32 @@ def main(args: Args):
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = permutation(len(train), args.seed, epoch)  # one order for all ranks, each takes its share
         batch = order[index * args.batch_size : (index + 1) * args.batch_size]
-        batch.sort(key=lambda i: row_length(train[i], args.share_prefix))  # like lengths in a micro-batch
-        chosen_tokens = sum(len(train[i][1]) for i in batch)
+        batch.sort(key=lambda i: row_length(train[i], args.share_prefix))  # similar lengths share a micro-batch
+        chosen_tokens = sum(len(train[i].chosen) for i in batch)
         sums = torch.zeros(6, device=device)  # loss, correct, rewards and logps of chosen and rejected
-        for mb_rows in chunks(rows_of_this_rank(batch), args.micro_batch_size):
-            mb_pairs = [None if i is None else train[i] for i in mb_rows]
-            is_pair = torch.tensor([i is not None for i in mb_rows], device=device)  # (B,)
+        for mb_indices in chunks(rows_of_this_rank(batch), args.micro_batch_size):
+            mb_pairs = [None if i is None else train[i] for i in mb_indices]
+            is_pair = torch.tensor([i is not None for i in mb_indices], device=device)  # (B,)
             logprobs = pair_logprobs(engine, mb_pairs, args, device)  # (2, B)
             if reference:
                 with torch.no_grad():
                     ref_logprobs = pair_logprobs(reference, mb_pairs, args, device)
             else:
-                ref_logprobs = train_ref[:, [i or 0 for i in mb_rows]].to(device)
+                ref_logprobs = train_ref[:, [i or 0 for i in mb_indices]].to(device)
             losses = preference_losses(logprobs, ref_logprobs, args) * is_pair  # (B,)
             # [W12] the NLL of the chosen responses is one mean over their tokens in the whole step
             loss = losses.sum() / len(batch) - args.nll_coef * logprobs[0].sum() / chosen_tokens
-            engine.backward(loss * world_size())  # [E2] one mean over the step; DeepSpeed averages ranks
+            engine.backward(loss * world_size())  # [E2] one mean over the step: DeepSpeed divides by the ranks
             with torch.no_grad():
                 rewards = args.beta * (logprobs - ref_logprobs) * is_pair  # implicit rewards, (2, B)
                 margins = rewards[0] - rewards[1]
                 correct = ((margins > 0) + 0.5 * (margins == 0)) * is_pair  # [E7] a tie counts one half
                 sums += torch.stack([losses.sum(), correct.sum(), *rewards.sum(1), *logprobs.sum(1)])
-        lr = learning_rate(step - 1, total_steps, warmup_steps, args.lr)
+        lr = learning_rate(step - 1, total_steps, warmup_steps, args.lr)  # with a warm-up, step 1 has rate 0
         grad_norm = optimizer_step(engine, lr)
         stop_if_not_finite({"logps": sums[4:], "train/loss": sums[0], "train/grad_norm": grad_norm},
-                           {"rows": [train[i][3] for i in batch]}, folder, step)
-        tokens += sum(2 * len(train[i][0]) + len(train[i][1]) + len(train[i][2]) for i in batch)
+                           {"rows": [train[i].row for i in batch]}, folder, step)
+        tokens += sum(2 * len(train[i].prompt) + len(train[i].chosen) + len(train[i].rejected) for i in batch)
 
         # 4. log, evaluate, save
         if step % args.log_every == 0 or step == total_steps:

@@ -209,7 +209,11 @@ def init_head(model, seed):
 
 
 def pair_scores(model, pairs, pad_id, args, device):
-    """Scores of the chosen and the rejected rows of B pairs, in one forward -> (2, B); any for a None."""
+    """Scores of the chosen and the rejected rows of B pairs, in one forward -> (2, B).
+
+    A None among the pairs is there because every rank must run as many micro-batches as the others. Its scores mean
+    nothing.
+    """
     pairs = [pair[:2] if pair else ([0], [0]) for pair in pairs]
     if args.share_prefix:  # [E27] the same numbers
         rows = [(*pair, shared_length(*pair)) for pair in pairs]
@@ -267,10 +271,10 @@ def score_sequences(engine, sequences, pad_id, batch_size):
 
 
 def evaluate(engine, pairs, tokenizer, args):
-    """Accuracy on held-out pairs, beside two baselines that a useful reward model must beat or match.
+    """Accuracy on held-out pairs, beside two baselines.
 
-    longer_wins: choose the longer completion. shuffled_prompts: the same model, each pair under the prompt of
-    another; where this is as accurate, the model reads completions alone.
+    longer_wins: choose the longer completion. A useful reward model beats it. shuffled_prompts: the same model, each
+    pair under the prompt of another. Where this is as accurate, the model reads completions alone.
     """
     def score(sequences):
         return score_sequences(engine, sequences, tokenizer.pad_token_id, 2 * args.micro_batch_size)
@@ -278,7 +282,8 @@ def evaluate(engine, pairs, tokenizer, args):
     chosen, rejected, rows = zip(*pairs)
     prompts = [row["prompt"] for row in rows]
     chosen_scores, rejected_scores = score(chosen), score(rejected)
-    if not np.isfinite(chosen_scores + rejected_scores).all():
+    all_scores = chosen_scores + rejected_scores  # two lists, one after the other
+    if not np.isfinite(all_scores).all():
         fail("a held-out score is not finite: the weights have gone wrong. Start anew with a lower --lr")
     correct = accuracy(chosen_scores, rejected_scores)
     distinct = sorted(set(prompts))
@@ -288,7 +293,7 @@ def evaluate(engine, pairs, tokenizer, args):
     strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length]
     strangers = strangers or [pair[:2] for pair in pairs]  # none fits: this baseline then equals the accuracy
     shuffled = accuracy(*(score(sequences) for sequences in zip(*strangers)))
-    lengths, all_scores = [len(ids) for ids in chosen + rejected], chosen_scores + rejected_scores
+    lengths = [len(ids) for ids in chosen + rejected]
     varied = len(set(lengths)) > 1 and len(set(all_scores)) > 1  # else there is no correlation
     low, high = clustered_interval(correct, prompts)
     metrics = {
@@ -377,7 +382,7 @@ def main(args: Args):
             with torch.no_grad():
                 correct = (chosen > rejected) + 0.5 * (chosen == rejected)  # [E7] a tie counts one half
                 sums += torch.stack([(x * is_pair).sum() for x in (losses, correct, chosen, rejected)])
-        lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
+        lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)  # with a warm-up, step 1 has rate 0
         grad_norm = optimizer_step(engine, lr)
         stop_if_not_finite({"scores": sums[2:], "train/loss": sums[0], "train/grad_norm": grad_norm},
                            {"rows": [pair[2] for pair in batch]}, folder, step)

@@ -140,7 +140,7 @@ def load_demonstrations(path, flag, tokenizer, args):
     rows = load_rows(path, flag, [("prompt", "completion"), ("text",)], tokenizer, args.max_prompt_length)
     encoded = [(*encode_demonstration(row, tokenizer), row) for row in rows]
     fits = [len(ids) <= args.max_length for ids, _, _ in encoded]
-    kept = [item for item, ok in zip(encoded, fits) if ok and len(item[0]) - item[1] > 1]
+    kept = [item for item, ok in zip(encoded, fits) if ok and len(item[0]) - item[1] > 1]  # more than EOS
     dropped = {f"over {args.max_length} tokens": fits.count(False), "empty": sum(fits) - len(kept)}
     describe(flag, path, [len(ids) for ids, _, _ in kept], dropped)
     return kept
@@ -156,12 +156,12 @@ def collate(packs, tokenizer, completion_only, device):
     """Right-padded micro-batch [detail 5]: ids, segments, labels, all (B, T).
 
     segments: 1, 2, ... for the rows of a pack, 0 at padding. labels: -100 where nothing counts. A None among
-    the packs becomes a sequence without labels.
+    the packs, there because every rank must run as many micro-batches as the others, has no labels.
     """
     rows = [[item[0] for item in items] if items else [[tokenizer.eos_token_id]] for items in packs]
     ids, mask = pad([sum(row, []) for row in rows], tokenizer.pad_token_id, "right", device)
     segments = mask.long()  # (B, T)
-    labels = ids.masked_fill(~mask, -100)  # [detail 3] PAD is never a target; it is not EOS, so EOS is one
+    labels = ids.masked_fill(~mask, -100)  # [detail 3] PAD is never a target; EOS is one, as PAD is another token
     for i, items in enumerate(packs):
         start = 0
         for number, (row, prompt_length, _) in enumerate(items or [], 1):
@@ -312,15 +312,16 @@ def main(args: Args):
         epoch, index = divmod(step - 1, steps_per_epoch)
         order = permutation(len(packs), args.seed, epoch)
         batch = [packs[i] for i in order[index * args.batch_size : (index + 1) * args.batch_size]]
-        batch.sort(key=lambda items: sum(len(item[0]) for item in items))  # like lengths share a micro-batch
+        batch.sort(key=lambda items: sum(len(item[0]) for item in items))  # similar lengths share a micro-batch
         num_labels = sum(count_labels(item, args.completion_only) for items in batch for item in items)
         loss_sum = torch.zeros((), device=device)
         for mb_packs in chunks(rows_of_this_rank(batch), args.micro_batch_size):
             ids, segments, labels = collate(mb_packs, tokenizer, args.completion_only, device)
             mb_loss_sum = sft_loss_sum(forward_logits(engine, ids, segments), labels)
-            engine.backward(mb_loss_sum / num_labels * world_size())  # [E2] one mean over the step
+            # [E2] one mean over the step: DeepSpeed divides by the ranks
+            engine.backward(mb_loss_sum / num_labels * world_size())
             loss_sum += mb_loss_sum.detach()
-        lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)
+        lr = cosine_lr(step - 1, total_steps, warmup_steps, args.lr)  # with a warm-up, step 1 has rate 0
         grad_norm = optimizer_step(engine, lr)
         stop_if_not_finite({"train/loss": loss_sum, "train/grad_norm": grad_norm},
                            {"rows": [item[2] for items in batch for item in items]}, folder, step)

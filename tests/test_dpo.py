@@ -115,7 +115,7 @@ def random_pairs(sizes=SIZES, seed=0):
     """Pairs of random tokens with EOS at the end, each with a prompt text of its own."""
     generator = torch.Generator().manual_seed(seed)
     draws = [[torch.randint(2, 60, (n,), generator=generator).tolist() for n in size] for size in sizes]
-    return [(prompt, chosen[1:] + [EOS], rejected[1:] + [EOS], {"prompt": f"prompt {i}"})
+    return [dpo.Pair(prompt, chosen[1:] + [EOS], rejected[1:] + [EOS], {"prompt": f"prompt {i}"})
             for i, (prompt, chosen, rejected) in enumerate(draws)]
 
 
@@ -131,6 +131,7 @@ def slow_logprobs(model, pairs):
 
 
 def logprobs_of(model, pairs, share_prefix=False):
+    pairs = [dpo.Pair(*pair[:3], {}) if pair else None for pair in pairs]
     return dpo.pair_logprobs(model, pairs, dpo.Args(share_prefix=share_prefix), "cpu")
 
 
@@ -231,11 +232,11 @@ def test_detail_w4_long_pairs_are_dropped_and_counted(tmp_path, tokenizer, capsy
 
 def test_collate_pairs_by_hand():
     """Chosen rows first, then rejected ones, all ending in the last column, 0 and no PAD before them; row lengths."""
-    pairs = [([5, 6, 7], [8, 8, 0], [9, 0]), ([5], [0], [9])]
+    pairs = [dpo.Pair([5, 6, 7], [8, 8, 0], [9, 0], {}), dpo.Pair([5], [0], [9], {})]
     ids, mask, lengths = dpo.collate_pairs(pairs, "cpu")
     assert ids.tolist() == [[5, 6, 7, 8, 8, 0], [0] * 4 + [5, 0], [0, 5, 6, 7, 9, 0], [0] * 4 + [5, 9]]
     assert mask.sum(1).tolist() == [6, 2, 5, 2] and mask[:, -1].all() and lengths.tolist() == [3, 1, 2, 1]
-    assert [dpo.row_length((*pair, {}), shared) for pair in pairs for shared in (False, True)] == [6, 9, 2, 4]
+    assert [dpo.row_length(pair, shared) for pair in pairs for shared in (False, True)] == [6, 9, 2, 4]
 
 
 def test_detail_w13_rows_hold_their_prompt_once(monkeypatch):
@@ -451,9 +452,9 @@ def test_detail_w6_any_change_renews_the_cache(tmp_path, tiny_lm, monkeypatch):
 
     first = logprobs()
     assert np.array_equal(logprobs(), first) and len(calls) == 1
-    (prompt, chosen, rejected, row), *others = pairs
-    for changed in ([(prompt, chosen, [9, *rejected[1:]], row), *others], others, pairs[::-1],
-                    [(prompt, chosen[:-1], rejected, row), *others]):
+    first_pair, *others = pairs
+    for changed in ([first_pair._replace(rejected=[9, *first_pair.rejected[1:]]), *others], others, pairs[::-1],
+                    [first_pair._replace(chosen=first_pair.chosen[:-1]), *others]):
         logprobs(changed)
     for change in (lambda: next(tiny_lm.parameters()).data[7, 7].add_(0.25), tiny_lm.bfloat16, tiny_lm.float,
                    lambda: setattr(tiny_lm.config, "layer_norm_eps", 1e-3)):  # float(): the same numbers in fp32

@@ -171,7 +171,7 @@ def test_rows_of_a_pack_are_blind_to_each_other(lm):
 def test_dpo_logprobs_of_padded_pairs(lm, share_prefix):
     """Pairs of all sizes, left-padded, two rows or one: each response has the log-probability of its row alone."""
     parts = random_rows(6, 2, 1, 3, 5, 2, 1, 1, 3)  # prompt, chosen, rejected of each; within the attention window
-    pairs = [(*parts[i : i + 3], {}) for i in (0, 3, 6)]
+    pairs = [dpo.Pair(*parts[i : i + 3], {}) for i in (0, 3, 6)]
     logprobs = dpo.pair_logprobs(lm, [*pairs, None], dpo.Args(share_prefix=share_prefix), "cpu")
     for i, (prompt, *responses, _) in enumerate(pairs):
         for side, response in enumerate(responses):

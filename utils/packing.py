@@ -1,8 +1,8 @@
 """Several texts in one row of token ids, each blind to the others: the layout of such rows, and what a model is fed.
 
-A row of `segments` says for each token whose it is: 1, 2, ... number the texts, COMMON is a beginning that all texts
-of the row share, 0 is padding. All else follows: a token sees the common beginning and its own text up to itself, and
-its position is the number of tokens that it sees before itself, as if its text stood alone.
+A row of `segments` says for each token whose it is: 1, 2, ... number the texts, COMMON (-1) is a beginning that all
+texts of the row share, 0 is padding. All else follows. A token sees the common beginning and its own text up to itself.
+Its position is the number of tokens that it sees before itself, as if its text stood alone.
 
         ids           a   b   c     y  y  EOS     z  EOS    0       texts "a b c y y EOS" and "a b c z EOS"
         segments     -1  -1  -1     1  1  1       2  2      0
@@ -23,8 +23,9 @@ COMMON = -1  # the segment that all texts of a row see
 
 
 def pack(items, pack_length):
-    """Items, whose first entry is their token ids, in lists of at most pack_length tokens, one list a row; 0: each
-    item alone. Best fit, longest item first: the fullest list that still has room.
+    """Items in lists of at most pack_length tokens, one list for each row. The first entry of an item is its token ids.
+
+    Best fit: the longest items first, each into the fullest list that still has room. pack_length 0: each alone.
     """
     if not pack_length:
         return [[item] for item in items]

@@ -1,4 +1,4 @@
-"""Statistics of held-out pairs: accuracy with ties, its interval, calibration. Every accuracy of the scripts is this."""
+"""Statistics of held-out pairs: accuracy with ties, its interval, calibration."""
 
 import numpy as np
 
@@ -21,8 +21,8 @@ def clustered_interval(values, clusters, resamples=1000):
 def calibration(chosen_scores, rejected_scores, width=0.5):
     """Is a difference worth what sigmoid(difference) says? Pairs in bins of |difference| [detail 18].
 
-    Returns a list of {from, pairs, accuracy, predicted} for the bins up to the 99.5 % quantile, predicted being the
-    bin's mean sigmoid(|difference|); above accuracy: the model is too sure.
+    Returns a list of {from, pairs, accuracy, predicted} for the bins up to the 99.5 % quantile. predicted is the bin's
+    mean of sigmoid(|difference|). Where it is above accuracy, the model is too sure.
     """
     differences = np.asarray(chosen_scores) - np.asarray(rejected_scores)
     sizes, correct = np.abs(differences), accuracy(differences, 0 * differences)
