@@ -196,7 +196,7 @@ def plain_run(folder):
                 seen.clips.append((losses > -a * ratio)[m].float())
                 predicted = padded([values_of(critic, *pairs[i]) for i in rows])
                 m, v, r = value_mask[rows], values[rows], returns[rows]
-                plain, clipped = (predicted - r) ** 2, (v + (predicted - v).clamp(-0.03, 0.03) - r) ** 2
+                plain, clipped = (predicted - r) ** 2, (predicted.clamp(v - 0.03, v + 0.03) - r) ** 2
                 losses = torch.maximum(plain, clipped) / 2
                 seen.vf_norms.append(step(optimizers[1], critic, 0.4 * losses[m].mean(), 3e-3 * left))
                 seen.vf_losses.append(losses[m].detach()), seen.vf_clips.append((clipped > plain)[m].float())
