@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_ppo_whole import EPISODES, FLAGS, TR, advantages_of, gold, largest_difference, logits_after
-from test_ppo_whole import logprobs_of, padded, read_prompts, rows_of, sample, score_of, whitened
+from test_ppo_whole import EPISODES, FLAGS, TR, advantages_of, count_recomputed, gold, largest_difference
+from test_ppo_whole import logits_after, logprobs_of, padded, read_prompts, rows_of, sample, score_of, whitened
 from test_ppo_whole import folder as models  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -260,8 +260,11 @@ def both(request, folder):
     """The plain loop, and group_invariant_ppo.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
+        recomputed = count_recomputed(patch)
         group_invariant_ppo.main(arguments(folder, request.param, **RUNS[request.param]))
-    return plain_run(folder, RUNS[request.param]), folder / request.param
+    plain = plain_run(folder, RUNS[request.param])
+    plain.recomputed = len(recomputed)
+    return plain, folder / request.param
 
 
 def test_every_flag_differs_from_its_default():
@@ -308,6 +311,12 @@ def test_samples_equal_those_of_the_plain_loop(both):
         assert row["kl"] == pytest.approx(expected["kl"], abs=1e-3)
 
 
+def test_every_step_recomputes_its_activations(both):
+    """As in test_ppo_whole.py, also after an evaluation; critic and labels come from one forward."""
+    plain, run = both
+    assert plain.recomputed == RUNS[run.name]["total_episodes"] // EPISODES * 2 * 2 * 2 * 2 * 2
+
+
 def assert_same_models(plain, run):
     policy, best = (AutoModelForCausalLM.from_pretrained(path) for path in (run, run / "best"))
     critic = AutoModelForSequenceClassification.from_pretrained(run / "critic")
@@ -344,12 +353,15 @@ def test_summary_and_card_say_what_the_run_did(both):
 
 @pytest.mark.parametrize("both", ["papers"], indirect=True)
 def test_a_resumed_run_is_the_plain_loop_too(both, folder):
-    """The run again, as if killed in its third update: moments, units, best score and optimizers are those of before."""
+    """The run again, as if killed in its last update: moments, units, optimizers and best score are those of before."""
     plain, run = both
     resumed = run.with_name("resumed")
-    shutil.copytree(run, resumed, ignore=shutil.ignore_patterns("step_0000004", "summary.json", "*.safetensors"))
+    shutil.copytree(run, resumed)
+    for name in ("summary.json", "model.safetensors", "critic/model.safetensors", "group_head.safetensors"):
+        (resumed / name).unlink()
     group_invariant_ppo.main(arguments(folder, "resumed", resume=True, **RUNS["papers"]))
+    assert plain.metrics[-1]["eval/rlhf_reward"] < plain.best  # so the last evaluation is not the best one
     test_metrics_equal_those_of_the_plain_loop((plain, resumed))
     test_samples_equal_those_of_the_plain_loop((plain, resumed))
-    assert_same_models(plain, resumed)
     test_summary_and_card_say_what_the_run_did((plain, resumed))
+    assert_same_models(plain, resumed)
