@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ import group_invariant_ppo
 import ppo
 import reward_model
 import sft
+import utils.run
 from utils.data import call_judge, rows_of_this_rank
 from utils.launch import all_max, all_sum, create_engine, gather_rows, init_distributed, rank, rollout_weights
 from utils.models import count_parameters, load_causal_lm, load_tokenizer, save_model
@@ -49,7 +51,7 @@ def arguments(script, inputs, output_dir, **changes):
     common = dict(output_dir=str(output_dir), seed=SEED, max_grad_norm=0.5, lr=1e-3)
     rollouts = dict(sft_model=lm, reward_model=rm, prompts=rows, eval_prompts=rows, num_eval_prompts=5, batch_size=8,
                     total_episodes=24, micro_batch_size=2, response_length=10, critic_lr=1e-3, temperature=1.0,
-                    eval_every=2, save_every=100, num_ppo_epochs=2)
+                    gold_function="test_ppo_whole:gold", eval_every=2, save_every=100, num_ppo_epochs=2)
     own = {
         sft: dict(model=lm, train_data=rows, eval_data=rows, epochs=2, batch_size=4, micro_batch_size=1, log_every=1,
                   num_samples=3, response_length=4),
@@ -156,7 +158,7 @@ def stopped(function, *args):
 
 
 def worker(inputs, out):
-    for script in (sft, reward_model, ppo, group_invariant_ppo, dpo, evaluate):
+    for script in (sft, reward_model, ppo, group_invariant_ppo, dpo, evaluate, utils.run):
         script.finish = lambda: None  # it ends the process group, which the next case needs
     init_distributed(5.0)
     (out / f"collectives_{rank()}.json").write_text(json.dumps(collectives()))
@@ -195,6 +197,18 @@ def worker(inputs, out):
                 (resumed / name).unlink(missing_ok=True)
         torch.distributed.barrier()
         script.main(arguments(script, inputs, resumed, zero_stage=2, resume=True, save_every=1))
+
+    # SIGTERM reaches rank 1 alone, in the first optimizer step
+    for script in (ppo, group_invariant_ppo):
+        real = script.optimizer_step
+        script.optimizer_step = lambda *args: (rank() == 1 and os.kill(os.getpid(), signal.SIGTERM), real(*args))[1]
+        codes, name = [], f"{script.__name__}_sigterm"
+        try:
+            script.main(arguments(script, inputs, out / name))
+        except SystemExit as stop:
+            codes.append(stop.code)
+        script.optimizer_step = real
+        (out / f"{name}_{rank()}.json").write_text(json.dumps(codes))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -289,7 +303,7 @@ def weights(path):
 
 def assert_same_weights(folder, other, start, of_norm=1e-5):
     """Two saved models differ by less than 1e-5 of their norm, and 1e-4 of how far training has moved them."""
-    inner = ("critic", "group_head")
+    inner = ("critic", "best", "group_head")
     case = " = ".join(f"{path.relative_to(path.parents[path.name in inner])}" for path in (folder, other))
     a, b, start = map(weights, (folder, other, start))
     assert a.keys() == b.keys()
@@ -308,6 +322,27 @@ def assert_same_metrics(rows, expected, skip=(), relative=1e-4):
         for name in row:
             if not name.startswith(skip):
                 assert row[name] == pytest.approx(other[name], rel=relative, abs=1e-5), (row["step"], name)
+
+
+def assert_same_samples(folder, other):
+    """Every row of samples.jsonl, in order, each with its own score, KL and gold score."""
+    rows, expected = read(folder / "samples.jsonl"), read(other / "samples.jsonl")
+    assert len(rows) == len(expected) == 3 * 5 and len({row["gold"] for row in rows}) > 2
+    for row, wanted in zip(rows, expected):
+        assert row.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert row[key] == (pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value), key
+
+
+def assert_same_summary(folder, other):
+    """All of summary.json but the time."""
+    found, expected = (json.loads((path / "summary.json").read_text()) for path in (folder, other))
+    for key in ("before", "after"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5)
+    assert found["best_rlhf_reward"] == pytest.approx(expected["best_rlhf_reward"], rel=1e-4)
+    assert found["episodes"] == expected["episodes"] == 24
+    texts = [[(row["query"], row["before"], row["after"]) for row in each["samples"]] for each in (found, expected)]
+    assert texts[0] == texts[1] and len(texts[0]) == 5
 
 
 # ---- Collectives ------------------------------------------------------------------------------------------
@@ -466,12 +501,15 @@ def test_ppo_reference_run_has_unequal_endings(one):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_ppo_on_two_ranks_samples_the_same_responses(one, two, stage):
-    """ppo.py: two ranks sample the same held-out responses as one, and score them alike, before and after training."""
-    rows, expected = read(two / f"ppo_zero{stage}" / "samples.jsonl"), read(one / "ppo" / "samples.jsonl")
-    exact = ("step", "query", "response", "length", "ended")
-    assert [[row[key] for key in exact] for row in rows] == [[row[key] for key in exact] for row in expected]
-    for key in ("score", "kl"):
-        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-4, abs=1e-4)
+    """ppo.py: two ranks sample the same held-out responses as one, in order and once, and score them alike, by the gold
+    judge too, before and after training."""
+    assert_same_samples(two / f"ppo_zero{stage}", one / "ppo")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_ppo_on_two_ranks_writes_the_same_summary(one, two, stage):
+    """ppo.py: held-out figures and samples before and after, and the best score, are of both ranks' prompts."""
+    assert_same_summary(two / f"ppo_zero{stage}", one / "ppo")
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -482,10 +520,10 @@ def test_ppo_on_two_ranks_logs_the_same_metrics(one, two, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("model", ["", "critic"], ids=["policy", "critic"])
+@pytest.mark.parametrize("model", ["", "best", "critic"], ids=["policy", "best", "critic"])
 def test_ppo_on_two_ranks_ends_with_the_same_weights(inputs, one, two, stage, model):
-    """ppo.py: policy and critic of two ranks equal those of one after 3 updates, at every ZeRO stage."""
-    start = inputs / ("rm" if model else "lm")
+    """ppo.py: policy, best policy and critic of two ranks equal those of one after 3 updates, at every ZeRO stage."""
+    start = inputs / ("rm" if model == "critic" else "lm")
     assert_same_weights(two / f"ppo_zero{stage}" / model, one / "ppo" / model, start)
 
 
@@ -514,12 +552,14 @@ def test_ppo_where_all_rows_end_at_once(inputs, one, two):
         assert_same_weights(two / "ppo_ending_zero3" / model, one / "ppo_ending" / model, inputs / start)
 
 
-GROUP_MODELS = {"": "lm", "critic": "rm", "group_head": "group_head"}  # folder or file of a run, and where it started
+GROUP_MODELS = {"": "lm", "best": "lm", "critic": "rm", "group_head": "group_head"}  # folder or file of a run, and where it started
 
 
 def assert_same_group_run(folder, other, inputs):
-    """Metrics and the weights of policy, critic and group head."""
+    """Metrics, samples, summary, and the weights of policy, best policy, critic and group head."""
     assert_same_metrics(read(folder / "metrics.jsonl"), read(other / "metrics.jsonl"))
+    assert_same_samples(folder, other)
+    assert_same_summary(folder, other)
     for model, start in GROUP_MODELS.items():  # the group head moves by several times the norm that it starts with
         assert_same_weights(folder / model, other / model, inputs / start, 1e-4 if model == "group_head" else 1e-5)
 
@@ -590,3 +630,13 @@ def test_resume_on_two_ranks_is_exact(two, script, more):
     """A ZeRO 2 run on two ranks that is resumed after update 1 ends with the same bits: metrics, samples, weights."""
     for name in ("metrics.jsonl", "samples.jsonl", "model.safetensors", "critic/model.safetensors", *more):
         assert (two / f"{script}_resumed" / name).read_bytes() == (two / f"{script}_zero2" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("script", ["ppo", "group_invariant_ppo"])
+def test_sigterm_to_one_rank_stops_both_in_the_same_update(two, script):
+    """Rank 1 alone gets SIGTERM in update 1: both ranks leave with code 75 after it, with its checkpoint complete."""
+    assert [json.loads((two / f"{script}_sigterm_{number}.json").read_text()) for number in (0, 1)] == [[75], [75]]
+    folder = two / f"{script}_sigterm"
+    assert {row["step"] for row in read(folder / "metrics.jsonl")} == {0, 1}
+    assert (folder / "checkpoints/step_0000001/sha256.json").is_file() and (folder / "INTERRUPTED").is_file()
+    assert not (folder / "summary.json").exists()

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers import GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
@@ -196,7 +197,7 @@ def plain_run(folder):
                 seen.clips.append((losses > -a * ratio)[m].float())
                 predicted = padded([values_of(critic, *pairs[i]) for i in rows])
                 m, v, r = value_mask[rows], values[rows], returns[rows]
-                plain, clipped = (predicted - r) ** 2, (v + (predicted - v).clamp(-0.03, 0.03) - r) ** 2
+                plain, clipped = (predicted - r) ** 2, (predicted.clamp(v - 0.03, v + 0.03) - r) ** 2
                 losses = torch.maximum(plain, clipped) / 2
                 seen.vf_norms.append(step(optimizers[1], critic, 0.4 * losses[m].mean(), 3e-3 * left))
                 seen.vf_losses.append(losses[m].detach()), seen.vf_clips.append((clipped > plain)[m].float())
@@ -248,15 +249,30 @@ def folder(tmp_path_factory):
     return folder
 
 
+def count_recomputed(patch):
+    """A list that grows with every layer whose activations gradient checkpointing will recompute."""
+    calls, real = [], transformers.modeling_utils.checkpoint
+
+    def checkpoint(*args, **options):
+        calls.extend([1] if torch.is_grad_enabled() else [])
+        return real(*args, **options)
+
+    patch.setattr(transformers.modeling_utils, "checkpoint", checkpoint)
+    return calls
+
+
 @pytest.fixture(scope="module")
 def both(folder):
     """The plain loop, and ppo.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
+        recomputed = count_recomputed(patch)
         ppo.main(ppo.Args(
             sft_model=str(folder / "sft"), reward_model=str(folder / "reward_model"), prompts=str(folder / "train.jsonl"),
             eval_prompts=str(folder / "validation.jsonl"), output_dir=str(folder / "run"), **FLAGS))
-    return plain_run(folder), folder / "run"
+    plain = plain_run(folder)
+    plain.recomputed = len(recomputed)
+    return plain, folder / "run"
 
 
 def test_every_flag_differs_from_its_default():
@@ -301,6 +317,13 @@ def test_samples_equal_those_of_the_plain_loop(both):
             assert row[name] == expected[name], name
         assert row["score"] == pytest.approx(expected["score"], abs=1e-3)
         assert row["kl"] == pytest.approx(expected["kl"], abs=1e-3)
+
+
+def test_every_step_recomputes_its_activations(both):
+    """Also after an evaluation, which decodes in eval mode, where gradient checkpointing silently does nothing."""
+    plain, _ = both
+    models = layers = epochs = minibatches = micro_batches = 2
+    assert plain.recomputed == UPDATES * models * layers * epochs * minibatches * micro_batches
 
 
 def largest_difference(model, weights):
