@@ -1,8 +1,9 @@
 """Whole runs of dpo.py with no flag at its default, against a plain loop that knows nothing of dpo.py.
 
-The loop below is written from the papers: one response at a time, no padding, no micro-batches, no cache of the
-reference, no engine, torch's own AdamW. It shares with dpo.py only the addresses of its randomness. What is compared is
-what a run leaves behind: metrics.jsonl, samples.jsonl, summary.json, the policy, checkpoints, the reference's cache.
+The loop below is written from the papers: one response at a time, no padding, no micro-batches, no cache of
+the reference, no engine, torch's own AdamW. It shares with dpo.py only the addresses of its randomness. What a
+run leaves behind is compared: metrics.jsonl, samples.jsonl, summary.json, the policy, checkpoints, the
+reference's cache.
 """
 
 import dataclasses
@@ -21,10 +22,10 @@ import dpo
 
 PROMPTS, SAMPLES = 22, 20  # held-out prompts that are continued, of which the summary shows some
 FLAGS = dict(
-    max_prompt_length=5, max_length=26, beta=0.4, nll_coef=0.3, epochs=3, batch_size=8, micro_batch_size=3, lr=5e-3,
-    warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4, num_eval_prompts=PROMPTS,
-    response_length=5, temperature=0.4, seed=7, save_every=2, log_every=2, gradient_checkpointing=True,
-    timeout_minutes=3.0, gold_function=f"{__name__}:gold")
+    max_prompt_length=5, max_length=26, beta=0.4, nll_coef=0.3, epochs=3, batch_size=8, micro_batch_size=3,
+    lr=5e-3, warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4,
+    num_eval_prompts=PROMPTS, response_length=5, temperature=0.4, seed=7, save_every=2, log_every=2,
+    gradient_checkpointing=True, timeout_minutes=3.0, gold_function=f"{__name__}:gold")
 CASES = {
     "sigmoid": dict(loss="sigmoid", label_smoothing=0.1, lr_schedule="constant", ref_cache=None),
     "hinge": dict(loss="hinge", label_smoothing=0.0, lr_schedule="cosine", ref_cache="CACHE"),
@@ -32,9 +33,9 @@ CASES = {
 if hasattr(dpo.Args, "share_prefix"):
     CASES["ipo"]["share_prefix"] = True
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model", "ref_model",
-    "train_data", "eval_data", "eval_prompts", "output_dir"}
-STEPS, EVALUATIONS, LOGGED, SAVED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9], [6, 8]  # 22 pairs: 8, 8, 6; three times
+    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
+    "ref_model", "train_data", "eval_data", "eval_prompts", "output_dir"}
+STEPS, EVALUATIONS, LOGGED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9]  # 22 pairs: 8, 8, 6; three times
 
 
 def gold(queries, responses):
@@ -46,7 +47,7 @@ def gold(queries, responses):
 
 
 def read_pairs(file, tokenizer):
-    """(prompt, chosen, rejected, text of the prompt) of the pairs that can be used: token ids, one terminator a text."""
+    """(prompt, chosen, rejected, text of the prompt) of the usable pairs: ids, one terminator a text."""
     pairs = []
     for row in rows_of(file):
         prompt, texts = tokenizer(row["prompt"]).input_ids, []
@@ -62,8 +63,8 @@ def read_pairs(file, tokenizer):
 
 def logprobs_of(model, pairs):
     """log pi of the chosen and the rejected response of each pair, sums over tokens, (2, pairs)."""
-    return torch.stack([torch.stack([whole.token_logprobs(model, pair[0] + pair[side])[len(pair[0]) - 1 :].sum()
-                                     for pair in pairs]) for side in (1, 2)])
+    of = lambda prompt, response: whole.token_logprobs(model, prompt + response)[len(prompt) - 1 :].sum()
+    return torch.stack([torch.stack([of(pair[0], pair[side]) for pair in pairs]) for side in (1, 2)])
 
 
 def losses_of(case, logprobs, ref_logprobs):
@@ -78,18 +79,21 @@ def figures_of(logprobs, ref_logprobs):
     """What is logged of training and held-out pairs alike."""
     chosen, rejected = 0.4 * (logprobs - ref_logprobs)
     return {"rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean(),
-            "rewards/margins": (chosen - rejected).mean(), "rewards/accuracies": (chosen > rejected).float().mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "rewards/accuracies": (chosen > rejected).float().mean(),
             "logps/chosen": logprobs[0].mean(), "logps/rejected": logprobs[1].mean()}
 
 
 def plain_run(folder, case):
     """Rows of metrics and samples, and the weights after each step, as the papers describe."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("model", "reference"))
+    policy = AutoModelForCausalLM.from_pretrained(folder / "model")
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference")
     train = read_pairs(folder / "train.jsonl", tokenizer)
     held_out = {name: read_pairs(folder / f"{name}.jsonl", tokenizer) for name in ("validation", "others")}
     texts = [row["prompt"] for row in rows_of(folder / "prompts.jsonl")]
-    prompts = [(tokenizer(text).input_ids, text) for text in texts if len(tokenizer(text).input_ids) <= 5][:PROMPTS]
+    prompts = [(tokenizer(text).input_ids, text) for text in texts]
+    prompts = [prompt for prompt in prompts if len(prompt[0]) <= 5][:PROMPTS]
     with torch.no_grad():
         fixed = {name: logprobs_of(reference, pairs) for name, pairs in {**held_out, "train": train}.items()}
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), eps=1e-2, weight_decay=0.3)
@@ -171,14 +175,14 @@ def both(request, folder):
     flags["ref_cache"] = flags["ref_cache"] and str(folder / f"cache_{case}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        seen = SimpleNamespace(recomputed=whole.count_recomputed(patch), minutes=[])
-        join = dpo.init_distributed
-        patch.setattr(dpo, "init_distributed", lambda minutes=30.0: (seen.minutes.append(minutes), join(minutes))[1])
+        recomputed, minutes = whole.count_recomputed(patch), whole.count_minutes(patch, dpo)
         dpo.main(dpo.Args(
-            model=str(folder / "model"), ref_model=str(folder / "reference"), train_data=str(folder / "train.jsonl"),
+            model=str(folder / "model"), ref_model=str(folder / "reference"),
+            train_data=str(folder / "train.jsonl"),
             eval_data=(str(folder / "validation.jsonl"), str(folder / "others.jsonl")),
             eval_prompts=str(folder / "prompts.jsonl"), output_dir=str(run), **flags))
-    return SimpleNamespace(case=case, plain=plain_run(folder, case), run=run, seen=seen, flags=flags)
+    return SimpleNamespace(case=case, plain=plain_run(folder, case), run=run, flags=flags,
+                           recomputed=recomputed, minutes=minutes)
 
 
 def test_every_flag_differs_from_its_default():
@@ -186,13 +190,15 @@ def test_every_flag_differs_from_its_default():
     fields = {field.name: field.default for field in dataclasses.fields(dpo.Args)}
     used = [{**FLAGS, **case} for case in CASES.values()]
     assert set(fields) == set().union(*used) | ELSEWHERE
-    assert not [name for name in set(fields) - ELSEWHERE if all(flags.get(name, fields[name]) == fields[name] for flags in used)]
+    for name in set(fields) - ELSEWHERE:
+        assert any(flags.get(name, fields[name]) != fields[name] for flags in used), name
 
 
 def test_the_run_is_a_fair_one(both):
     """Clipping at work, rows dropped, prompts that repeat, responses that end early, and that begin alike."""
     plain = both.plain
-    assert len(plain.fixed["train"][0]) == 22 and len(plain.fixed["validation"][0]) == 11 and len(plain.fixed["others"][0]) == 6
+    assert {name: len(logprobs[0]) for name, logprobs in plain.fixed.items()} == {
+        "train": 22, "validation": 11, "others": 6}
     assert min(plain.norms) > 0.5
     assert len({row["length"] for row in plain.samples}) >= 4
     last = plain.metrics[-1]
@@ -205,8 +211,7 @@ def test_the_run_is_a_fair_one(both):
 def test_metrics_equal_those_of_the_plain_loop(both):
     """Every figure of every line of metrics.jsonl; times.jsonl has a speed for each line of training."""
     whole.assert_rows_equal(rows_of(both.run / "metrics.jsonl"), both.plain.metrics)
-    times = rows_of(both.run / "times.jsonl")
-    assert [row["step"] for row in times] == LOGGED and all(row["time/tokens_per_second"] > 0 for row in times)
+    whole.assert_speeds(both.run / "times.jsonl", LOGGED)
 
 
 def test_samples_equal_those_of_the_plain_loop(both):
@@ -219,22 +224,18 @@ def test_weights_equal_those_of_the_plain_loop(both):
     policy = AutoModelForCausalLM.from_pretrained(run)
     whole.assert_weights_equal(policy.state_dict(), plain.weights[9], plain.weights[0])
     whole.assert_only_ids_in(policy.generation_config)
-    assert AutoTokenizer.from_pretrained(run).get_vocab() == AutoTokenizer.from_pretrained(ROOT / "assets/base").get_vocab()
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_0000006", "step_0000008"]
-    for step in SAVED:
-        whole.assert_weights_equal(whole.checkpointed_weights(run, step), plain.weights[step], plain.weights[0])
-        state = json.loads((run / f"checkpoints/step_{step:07d}/state.json").read_text())
-        assert state["step"] == step
-        whole.assert_rows_equal([{"step": 0, **state["before"]}], plain.metrics[:1])
+    whole.assert_tokenizer_saved(run)
+    for state in whole.assert_checkpoints(run, plain.weights, plain.metrics[0]):
         assert state["samples_before"] == [row["response"] for row in plain.samples[:SAMPLES]]
 
 
 def test_reference_cache_has_the_references_logprobs(both):
-    """One file for each set of pairs, and none without the flag: then the reference works beside the policy."""
+    """One file for each set of pairs. Without the flag the reference works beside the policy."""
     if both.case == "sigmoid":
         assert both.flags["ref_cache"] is None
         return
-    found = sorted((np.load(file)["array"] for file in (both.run.parent / f"cache_{both.case}").iterdir()), key=np.size)
+    files = (both.run.parent / f"cache_{both.case}").iterdir()
+    found = sorted((np.load(file)["array"] for file in files), key=np.size)
     expected = sorted((value.numpy() for value in both.plain.fixed.values()), key=np.size)
     assert len(found) == 3
     for array, wanted in zip(found, expected):
@@ -245,19 +246,16 @@ def test_summary_and_card_say_what_the_run_did(both):
     plain, run = both.plain, both.run
     summary = json.loads((run / "summary.json").read_text())
     evaluations = [row for row in plain.metrics if "eval/gold" in row]
-    whole.assert_rows_equal([{"step": 0, **summary["before"]}, {"step": 9, **summary["after"]}], [evaluations[0], evaluations[-1]])
+    whole.assert_summary_equals(summary, evaluations[0], evaluations[-1])
     first, last = plain.samples[:SAMPLES], plain.samples[-PROMPTS:]
     assert summary["samples"] == [{"query": a["query"], "before": a["response"], "after": b["response"]}
                                   for a, b in zip(first, last)]
-    card = (run / "README.md").read_text()
+    card = whole.assert_card_and_record(run, "dpo.py", both.flags)
     for name in ("validation", "others"):
         assert f"on {name}: {float(evaluations[-1][f'eval/{name}/rewards/accuracies']):.3f}" in card
-    assert f"`{run.parent / 'model'}`" in card and f"`{run.parent / 'train.jsonl'}`" in card and "`dpo.py`" in card
-    record = json.loads((run / "args.json").read_text())
-    assert {name: record[name] for name in both.flags} == both.flags
 
 
 def test_checkpointing_and_timeout_are_passed_on(both):
     """Each layer of each micro-batch is computed again in the backward pass, after the evaluations too."""
-    assert len(both.seen.recomputed) == 2 * 3 * (3 + 3 + 2)  # layers, epochs, micro-batches of 8, 8 and 6 pairs
-    assert both.seen.minutes == [3.0]
+    assert len(both.recomputed) == 2 * 3 * (3 + 3 + 2)  # layers, epochs, micro-batches of 8, 8, 6 pairs
+    assert both.minutes == [3.0]

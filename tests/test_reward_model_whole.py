@@ -1,8 +1,8 @@
 """Whole runs of reward_model.py with no flag at its default, against a plain loop that knows nothing of it.
 
-The loop below is written from the paper: one row at a time, no padding, no shared rows, no micro-batches, no engine,
-torch's own AdamW. It shares with reward_model.py only the addresses of its randomness. What is compared is what a run
-leaves behind: metrics.jsonl, samples.jsonl, summary.json, the model and its constant, checkpoints.
+The loop below is written from the paper: one row at a time, no padding, no shared rows, no micro-batches, no
+engine, torch's own AdamW. It shares with reward_model.py only the addresses of its randomness. What a run
+leaves behind is compared: metrics.jsonl, samples.jsonl, summary.json, model and constant, checkpoints.
 """
 
 import dataclasses
@@ -20,17 +20,18 @@ from whole import rows_of
 
 import reward_model
 
-LONGEST, LONGEST_POST = 84, 68  # tokens of a row, and of a TL;DR prompt
+LONGEST, LONGEST_POST = 70, 60  # tokens of a row, and of a TL;DR prompt
 FLAGS = dict(
-    max_length=LONGEST, max_prompt_length=LONGEST_POST, epochs=3, batch_size=8, micro_batch_size=3, lr=5e-3, warmup_ratio=0.3,
-    weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4, accuracy_by=("confidence", "policies"), seed=7,
-    save_every=2, log_every=2, gradient_checkpointing=True, timeout_minutes=3.0)
+    max_length=LONGEST, max_prompt_length=LONGEST_POST, epochs=3, batch_size=8, micro_batch_size=3, lr=5e-3,
+    warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4,
+    accuracy_by=("confidence", "policies"), seed=7, save_every=2, log_every=2,
+    gradient_checkpointing=True, timeout_minutes=3.0)
 CASES = {"shared": dict(share_prefix=True), "plain": dict(share_prefix=False)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model", "train_data",
-    "eval_data", "demonstrations", "output_dir"}
-STEPS, EVALUATIONS, LOGGED, SAVED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9], [6, 8]  # 22 pairs: 8, 8, 6; three times
-POST = ["I was at home.", "She came to see me.", "We were very happy together all day long."]
+    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
+    "train_data", "eval_data", "demonstrations", "output_dir"}
+STEPS, EVALUATIONS, LOGGED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9]  # 22 pairs: 8, 8, 6; three times
+POST = ["I was at home.", "She came to see me.", "We were happy, and then she went away."]
 
 
 # ---- The plain loop ---------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def encode(tokenizer, prompt, completion):
 
 
 def read_pairs(file, tokenizer):
-    """{prompt, chosen, rejected, ids of both, ...} of the pairs that can be used, comparisons as the paper reads them."""
+    """{prompt, chosen, rejected, ids of both, ...} of the usable pairs, comparisons as in the paper."""
     pairs = []
     for row in rows_of(file):
         if "info" in row:
@@ -49,9 +50,11 @@ def read_pairs(file, tokenizer):
             paragraphs = post.split("\n") if post else []
             tldr = lambda n: (f"SUBREDDIT: r/{row['info']['subreddit']}\n\nTITLE: {row['info']['title']}\n\n"
                               "POST: " + "\n".join(paragraphs[:n]) + "\n\nTL;DR:")
-            fits = [tldr(n) for n in range(1, len(paragraphs) + 1) if len(tokenizer(tldr(n)).input_ids) <= LONGEST_POST]
+            fits = [tldr(n) for n in range(1, len(paragraphs) + 1)]
+            fits = [text for text in fits if len(tokenizer(text).input_ids) <= LONGEST_POST]
             row |= {"prompt": fits[-1] if post else f"Article:\n{row['info']['article']}\n\nTL;DR:\n",
-                    "chosen": row["summaries"][better]["text"], "rejected": row["summaries"][1 - better]["text"],
+                    "chosen": row["summaries"][better]["text"],
+                    "rejected": row["summaries"][1 - better]["text"],
                     "confidence": row["extra"]["confidence"],
                     "policies": "--".join(sorted(summary["policy"] for summary in row["summaries"]))}
         row["ids"] = [encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
@@ -93,7 +96,8 @@ def plain_run(folder):
     drawn = torch.randn(1, 64, generator=torch.Generator().manual_seed(7))
     model.score.weight.data.copy_(drawn / math.sqrt(65))
     train = read_pairs(folder / "train.jsonl", tokenizer)
-    held_out = {name: read_pairs(folder / f"{name}.jsonl", tokenizer) for name in ("validation", "comparisons")}
+    held_out = {name: read_pairs(folder / f"{name}.jsonl", tokenizer)
+                for name in ("validation", "comparisons")}
     is_news = lambda pair: pair["batch"] in ("cnndm0", "batch0_cnndm")
     held_out["comparisons_cnndm"] = [pair for pair in held_out["comparisons"] if is_news(pair)]
     held_out["comparisons"] = [pair for pair in held_out["comparisons"] if not is_news(pair)]
@@ -117,7 +121,8 @@ def plain_run(folder):
                     strangers.append([float(score(model, one)) for one in ids])
             figures = {
                 "accuracy": np.mean(right), "accuracy_low": low, "accuracy_high": high,
-                "longer_wins": np.mean(halves(*lengths)), "shuffled_prompts": np.mean(halves(*zip(*strangers))),
+                "longer_wins": np.mean(halves(*lengths)),
+                "shuffled_prompts": np.mean(halves(*zip(*strangers))),
                 "score_length_correlation": np.corrcoef(lengths[0] + lengths[1], good + bad)[0, 1],
                 "chosen_rewards": np.mean(good), "rejected_rewards": np.mean(bad)}
             for column in ("confidence", "policies"):
@@ -139,16 +144,18 @@ def plain_run(folder):
         weights[step] = whole.weights_of(model)
         if step in LOGGED:
             metrics.append({
-                "step": step, "train/loss": loss.detach(), "train/accuracy": (good > bad).float().mean(), "train/lr": lr,
-                "train/chosen_rewards": good.mean().detach(), "train/rejected_rewards": bad.mean().detach(),
+                "step": step, "train/loss": loss.detach(), "train/accuracy": (good > bad).float().mean(),
+                "train/lr": lr, "train/chosen_rewards": good.mean().detach(),
+                "train/rejected_rewards": bad.mean().detach(),
                 "train/grad_norm": norms[-1], "train/epoch": step / 3})
         if step in EVALUATIONS:
             evaluate(step)
-    demonstrations = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows_of(folder / "demonstrations.jsonl")]
+    demonstrations = [encode(tokenizer, row["prompt"], row["completion"])
+                      for row in rows_of(folder / "demonstrations.jsonl")]
     with torch.no_grad():
         scores = [float(score(model, ids)) for ids in demonstrations if len(ids) <= LONGEST]
-    return SimpleNamespace(metrics=metrics, samples=samples, weights=weights, norms=norms, calibrations=calibrations,
-                           scores=scores, held_out=held_out, train=train)
+    return SimpleNamespace(metrics=metrics, samples=samples, weights=weights, norms=norms, scores=scores,
+                           calibrations=calibrations, held_out=held_out, train=train)
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
@@ -156,7 +163,7 @@ def plain_run(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A language model, pairs of all kinds, comparisons of posts and of news, demonstrations that score apart."""
+    """A language model, pairs of all kinds, comparisons of posts and of news, other demonstrations."""
     folder = tmp_path_factory.mktemp("reward_model")
     whole.save_policy(folder / "model")
     rows = whole.embedded_rows("preferences_train", 0, 23)
@@ -176,11 +183,12 @@ def folder(tmp_path_factory):
         texts = [{"text": " " + row[side].strip(), "policy": policy} for side, policy in (
             ("rejected", "ref"), ("chosen", "ppo" if i % 2 else "sup"))][:: 1 if i % 3 else -1]
         comparisons.append({
-            "info": news if i % 3 == 1 else post, "summaries": texts, "choice": 1 if i % 3 else 0, "split": "valid1",
-            "batch": ("cnndm0" if i % 2 else "batch0_cnndm") if i % 3 == 1 else "batch7", "extra": {"confidence": i % 4}})
+            "info": news if i % 3 == 1 else post, "summaries": texts, "choice": 1 if i % 3 else 0,
+            "batch": ("cnndm0" if i % 2 else "batch0_cnndm") if i % 3 == 1 else "batch7", "split": "valid1",
+            "extra": {"confidence": i % 4}})
     whole.write_rows(folder / "comparisons.jsonl", comparisons)
-    rows = whole.embedded_rows("train", 0, 11)
-    whole.write_rows(folder / "demonstrations.jsonl", [*rows, {"prompt": "I am", "completion": " I am sure" * 40}])
+    rows = whole.embedded_rows("train", 0, 11) + [{"prompt": "I am", "completion": " I am sure" * 40}]
+    whole.write_rows(folder / "demonstrations.jsonl", rows)
     return folder
 
 
@@ -195,12 +203,12 @@ def run(request, folder):
     flags = {**FLAGS, **CASES[request.param]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        recomputed, minutes, join = whole.count_recomputed(patch), [], reward_model.init_distributed
-        patch.setattr(reward_model, "init_distributed", lambda wait=30.0: (minutes.append(wait), join(wait))[1])
+        recomputed, minutes = whole.count_recomputed(patch), whole.count_minutes(patch, reward_model)
         reward_model.main(reward_model.Args(
             model=str(folder / "model"), train_data=str(folder / "train.jsonl"),
             eval_data=(str(folder / "validation.jsonl"), str(folder / "comparisons.jsonl")),
-            demonstrations=str(folder / "demonstrations.jsonl"), output_dir=str(folder / request.param), **flags))
+            demonstrations=str(folder / "demonstrations.jsonl"), output_dir=str(folder / request.param),
+            **flags))
     return SimpleNamespace(folder=folder / request.param, flags=flags, recomputed=recomputed, minutes=minutes)
 
 
@@ -209,14 +217,16 @@ def test_every_flag_differs_from_its_default():
     fields = {field.name: field.default for field in dataclasses.fields(reward_model.Args)}
     used = [{**FLAGS, **case} for case in CASES.values()]
     assert set(fields) == set(used[0]) | ELSEWHERE
-    assert not [name for name in set(fields) - ELSEWHERE if all(flags[name] == fields[name] for flags in used)]
+    for name in set(fields) - ELSEWHERE:
+        assert any(flags[name] != fields[name] for flags in used), name
 
 
 def test_the_run_is_a_fair_one(plain):
-    """Clipping at work, rows dropped, posts cut, prompts that repeat, three held-out sets, demonstrations apart."""
+    """Clipping at work, rows dropped, posts cut, prompts that repeat, demonstrations that score apart."""
     assert len(plain.train) == 22 and {name: len(pairs) for name, pairs in plain.held_out.items()} == {
         "validation": 14, "comparisons": 9, "comparisons_cnndm": 4}
-    assert len({pair["prompt"] for pair in plain.held_out["comparisons"]}) == 2  # the third paragraph does not fit
+    posts = {pair["prompt"] for pair in plain.held_out["comparisons"]}
+    assert len(posts) == 2 and not any(POST[2] in post for post in posts)  # a third paragraph does not fit
     assert min(plain.norms) > 0.5 and len(plain.scores) == 11
     last = plain.metrics[-1]
     assert abs(np.mean(plain.scores)) > 0.05
@@ -231,8 +241,7 @@ def test_the_run_is_a_fair_one(plain):
 def test_metrics_equal_those_of_the_plain_loop(plain, run):
     """Every figure of every line of metrics.jsonl; times.jsonl has a speed for each line of training."""
     whole.assert_rows_equal(rows_of(run.folder / "metrics.jsonl"), plain.metrics)
-    times = rows_of(run.folder / "times.jsonl")
-    assert [row["step"] for row in times] == LOGGED and all(row["time/tokens_per_second"] > 0 for row in times)
+    whole.assert_speeds(run.folder / "times.jsonl", LOGGED)
 
 
 def test_samples_equal_those_of_the_plain_loop(plain, run):
@@ -244,31 +253,22 @@ def test_weights_equal_those_of_the_plain_loop(plain, run):
     model = AutoModelForSequenceClassification.from_pretrained(run.folder)
     whole.assert_weights_equal(model.state_dict(), plain.weights[9], plain.weights[0])
     assert model.config.reward_mean == pytest.approx(np.mean(plain.scores), abs=1e-4)
-    assert AutoTokenizer.from_pretrained(run.folder).get_vocab() == AutoTokenizer.from_pretrained(ROOT / "assets/base").get_vocab()
-    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["step_0000006", "step_0000008"]
-    for step in SAVED:
-        found = whole.checkpointed_weights(run.folder, step)
-        found = {name.removeprefix("classifier."): value for name, value in found.items()}
-        whole.assert_weights_equal(found, plain.weights[step], plain.weights[0])
-        state = json.loads((run.folder / f"checkpoints/step_{step:07d}/state.json").read_text())
-        assert state["step"] == step
-        whole.assert_rows_equal([{"step": 0, **state["before"]}], plain.metrics[:1])
+    whole.assert_tokenizer_saved(run.folder)
+    whole.assert_checkpoints(run.folder, plain.weights, plain.metrics[0], "classifier.")
 
 
 def test_summary_and_card_say_what_the_run_did(plain, run):
     summary = json.loads((run.folder / "summary.json").read_text())
-    whole.assert_rows_equal([{"step": 0, **summary["before"]}, {"step": 9, **summary["after"]}], [plain.metrics[0], plain.metrics[-1]])
+    whole.assert_summary_equals(summary, plain.metrics[0], plain.metrics[-1])
     assert summary["reward_mean"] == pytest.approx(np.mean(plain.scores), abs=1e-4)
     assert summary["reward_std"] == pytest.approx(np.std(plain.scores), abs=1e-4)
     assert set(summary["calibration"]) == set(plain.calibrations)
     for name, table in plain.calibrations.items():
-        whole.assert_rows_equal([{"step": 9, **row} for row in summary["calibration"][name]], [{"step": 9, **row} for row in table])
-    card = (run.folder / "README.md").read_text()
-    assert f"averages {summary['reward_mean']:.6f} over `{run.folder.parent / 'demonstrations.jsonl'}`" in card
-    assert f"`{run.folder.parent / 'model'}`" in card and f"`{run.folder.parent / 'train.jsonl'}`" in card
-    assert "`reward_model.py`" in card
-    record = json.loads((run.folder / "args.json").read_text())
-    assert {name: record[name] for name in run.flags} == {**run.flags, "accuracy_by": ["confidence", "policies"]}
+        found = summary["calibration"][name]
+        whole.assert_rows_equal([{"step": 9, **row} for row in found], [{"step": 9, **row} for row in table])
+    card = whole.assert_card_and_record(run.folder, "reward_model.py", run.flags)
+    demonstrations = run.folder.parent / "demonstrations.jsonl"
+    assert f"averages {summary['reward_mean']:.6f} over `{demonstrations}`" in card
 
 
 def test_checkpointing_and_timeout_are_passed_on(run):

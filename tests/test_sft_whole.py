@@ -1,8 +1,8 @@
 """Whole runs of sft.py with no flag at its default, against a plain loop that knows nothing of sft.py.
 
-The loop below is written from the paper: one row at a time, no padding, no packs, no micro-batches, no engine, torch's
-own AdamW. It shares with sft.py only the addresses of its randomness. What is compared is what a run leaves behind:
-metrics.jsonl, samples.jsonl, summary.json, the model, checkpoints.
+The loop below is written from the paper: one row at a time, no padding, no packs, no micro-batches, no
+engine, torch's own AdamW. It shares with sft.py only the addresses of its randomness. What a run leaves behind is
+compared: metrics.jsonl, samples.jsonl, summary.json, the model, checkpoints.
 """
 
 import dataclasses
@@ -19,20 +19,21 @@ from whole import rows_of
 
 import sft
 
-LONGEST, LONGEST_POST, PACK = 84, 68, 90  # tokens of a row, of a TL;DR prompt, of a pack
+LONGEST, LONGEST_POST, PACK = 84, 60, 90  # tokens of a row, of a TL;DR prompt, of a pack
 FLAGS = dict(
     max_length=LONGEST, max_prompt_length=LONGEST_POST, epochs=3, batch_size=5, micro_batch_size=2, lr=5e-3,
-    warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4, num_samples=11, response_length=6,
-    temperature=0.4, seed=7, save_every=2, log_every=2, gradient_checkpointing=True, timeout_minutes=3.0)
+    warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4, num_samples=11,
+    response_length=6, temperature=0.4, seed=7, save_every=2, log_every=2,
+    gradient_checkpointing=True, timeout_minutes=3.0)
 CASES = {  # rows by column: {prompt, completion} twice, {text} once
-    "packs": dict(pack_length=PACK, completion_only=True),
     "rows": dict(pack_length=0, completion_only=False),
-    "texts": dict(pack_length=PACK, completion_only=True)}
+    "texts": dict(pack_length=PACK, completion_only=True),
+    "packs": dict(pack_length=PACK, completion_only=True)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model", "train_data",
-    "eval_data", "output_dir"}
-STEPS, EVALUATIONS, LOGGED, SAVED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9], [6, 8]  # 13 sequences: 5, 5, 3; three times
-POST = ["I was at home.", "She came to see me.", "We were very happy together all day long."]
+    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
+    "train_data", "eval_data", "output_dir"}
+STEPS, EVALUATIONS, LOGGED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9]  # 13 sequences: 5, 5, 3; three times
+POST = ["I was at home.", "She came to see me.", "We were happy, and then she went away."]
 
 
 # ---- The plain loop ---------------------------------------------------------------------------------------
@@ -81,7 +82,8 @@ def plain_run(folder, case):
     tokenizer = AutoTokenizer.from_pretrained(folder / case / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / case / "model", dtype=torch.float32)
     flags = CASES[case]
-    train, held_out = (read_rows(folder / case / f"{name}.jsonl", tokenizer) for name in ("train", "validation"))
+    train = read_rows(folder / case / "train.jsonl", tokenizer)
+    held_out = read_rows(folder / case / "validation.jsonl", tokenizer)
     train = packs_of(train) if flags["pack_length"] else [[row] for row in train]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-2, weight_decay=0.3)
     metrics, samples, weights, norms = [], [], {0: whole.weights_of(model)}, []
@@ -98,7 +100,8 @@ def plain_run(folder, case):
                 for (ids, text, reference), response in zip(prompts, responses)]
         if case != "texts":
             scores = [scorer.score(row["reference"], row["response"]) for row in rows]
-            metrics[-1] |= {f"eval/{name}": sum(score[name].fmeasure for score in scores) / 11 for name in scores[0]}
+            for name in ("rouge1", "rouge2", "rougeL"):
+                metrics[-1][f"eval/{name}"] = sum(score[name].fmeasure for score in scores) / 11
         samples.extend(rows)
 
     evaluate(0)
@@ -109,11 +112,12 @@ def plain_run(folder, case):
         norms.append(whole.plain_step(optimizer, model, loss, lr, 0.5))
         weights[step] = whole.weights_of(model)
         if step in LOGGED:
-            metrics.append({"step": step, "train/loss": loss.detach(), "train/lr": lr, "train/grad_norm": norms[-1],
-                            "train/epoch": step / 3})
+            metrics.append({"step": step, "train/loss": loss.detach(), "train/lr": lr,
+                            "train/grad_norm": norms[-1], "train/epoch": step / 3})
         if step in EVALUATIONS:
             evaluate(step)
-    return SimpleNamespace(metrics=metrics, samples=samples, weights=weights, norms=norms, train=train, held_out=held_out)
+    return SimpleNamespace(metrics=metrics, samples=samples, weights=weights, norms=norms, train=train,
+                           held_out=held_out)
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
@@ -124,10 +128,11 @@ def folder(tmp_path_factory):
     """A folder for each case: a model whose folder has sampling settings of its own, rows of all kinds."""
     folder = tmp_path_factory.mktemp("sft")
     long = {"prompt": "I am", "completion": " I am sure" * 40}
-    posts = [{"subreddit": "a", "title": "b", "post": "\n".join(POST[:n]), "summary": " I am happy."} for n in (1, 2, 3)]
+    posts = [{"subreddit": "a", "title": "b", "post": "\n".join(POST[:n]), "summary": " I am happy."}
+             for n in (1, 2, 3)]
     rows, held_out = whole.embedded_rows("train", 0, 55), whole.embedded_rows("validation", 0, 14)
     for row in held_out:
-        row["completion"] += " the much so be to not am I and you"
+        row["completion"] += " differing pleasantly, so much not to be I and you"
     held_out += [posts[2], long]
     texts = lambda rows: [{"text": row["prompt"] + row["completion"]} for row in rows if "prompt" in row]
     for case, train, validation in (
@@ -147,13 +152,12 @@ def both(request, folder):
     flags = {**FLAGS, **CASES[case]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        seen = SimpleNamespace(recomputed=whole.count_recomputed(patch), minutes=[])
-        join = sft.init_distributed
-        patch.setattr(sft, "init_distributed", lambda minutes=30.0: (seen.minutes.append(minutes), join(minutes))[1])
+        recomputed, minutes = whole.count_recomputed(patch), whole.count_minutes(patch, sft)
         sft.main(sft.Args(
             model=str(folder / case / "model"), train_data=str(folder / case / "train.jsonl"),
             eval_data=str(folder / case / "validation.jsonl"), output_dir=str(run), **flags))
-    return SimpleNamespace(case=case, plain=plain_run(folder, case), run=run, seen=seen, flags=flags)
+    return SimpleNamespace(case=case, plain=plain_run(folder, case), run=run, flags=flags,
+                           recomputed=recomputed, minutes=minutes)
 
 
 def test_every_flag_differs_from_its_default():
@@ -161,11 +165,12 @@ def test_every_flag_differs_from_its_default():
     fields = {field.name: field.default for field in dataclasses.fields(sft.Args)}
     used = [{**FLAGS, **case} for case in CASES.values()]
     assert set(fields) == set(used[0]) | ELSEWHERE
-    assert not [name for name in set(fields) - ELSEWHERE if all(flags[name] == fields[name] for flags in used)]
+    for name in set(fields) - ELSEWHERE:
+        assert any(flags[name] != fields[name] for flags in used), name
 
 
 def test_the_run_is_a_fair_one(both):
-    """Clipping at work, rows dropped, posts cut, packs of several rows, responses of several lengths, ROUGE above 0."""
+    """Clipping at work, rows dropped, posts cut, packs of several rows, ROUGE above 0 with stems at work."""
     plain, case = both.plain, both.case
     rows = sum(plain.train, [])
     assert (len(plain.train), len(rows), len(plain.held_out)) == {
@@ -173,16 +178,15 @@ def test_the_run_is_a_fair_one(both):
     assert min(plain.norms) > 0.5 and len({len(row["response"]) for row in plain.samples}) > 4
     if case == "packs":
         evaluations = [row for row in plain.metrics if "eval/loss" in row]
-        assert all(row[f"eval/{name}"] > 0.01 for row in evaluations for name in ("rouge1", "rouge2", "rougeL"))
+        assert all(row["eval/rouge2"] > 0.01 for row in evaluations)
         assert len({row["eval/rouge1"] for row in evaluations}) > 1
-        assert any(row["eval/rouge1"] > row["eval/rougeL"] > row["eval/rouge2"] for row in evaluations)
+        assert any(row["eval/rouge1"] > row["eval/rougeL"] for row in evaluations)
 
 
 def test_metrics_equal_those_of_the_plain_loop(both):
     """Every figure of every line of metrics.jsonl; times.jsonl has a speed for each line of training."""
     whole.assert_rows_equal(rows_of(both.run / "metrics.jsonl"), both.plain.metrics)
-    times = rows_of(both.run / "times.jsonl")
-    assert [row["step"] for row in times] == LOGGED and all(row["time/tokens_per_second"] > 0 for row in times)
+    whole.assert_speeds(both.run / "times.jsonl", LOGGED)
 
 
 def test_samples_equal_those_of_the_plain_loop(both):
@@ -190,33 +194,25 @@ def test_samples_equal_those_of_the_plain_loop(both):
 
 
 def test_weights_equal_those_of_the_plain_loop(both):
-    """The model at the end, without the sampling settings of the folder that it came from, and both checkpoints."""
+    """The model at the end, without the sampling settings of its first folder; both checkpoints."""
     plain, run = both.plain, both.run
     model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.float32)
     whole.assert_weights_equal(model.state_dict(), plain.weights[9], plain.weights[0])
     whole.assert_only_ids_in(model.generation_config)
-    assert AutoTokenizer.from_pretrained(run).get_vocab() == AutoTokenizer.from_pretrained(ROOT / "assets/base").get_vocab()
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_0000006", "step_0000008"]
-    for step in SAVED:
-        whole.assert_weights_equal(whole.checkpointed_weights(run, step), plain.weights[step], plain.weights[0])
-        state = json.loads((run / f"checkpoints/step_{step:07d}/state.json").read_text())
-        assert state["step"] == step
-        whole.assert_rows_equal([{"step": 0, **state["before"]}], plain.metrics[:1])
+    whole.assert_tokenizer_saved(run)
+    whole.assert_checkpoints(run, plain.weights, plain.metrics[0])
 
 
 def test_summary_and_card_say_what_the_run_did(both):
     plain, run = both.plain, both.run
     summary = json.loads((run / "summary.json").read_text())
-    whole.assert_rows_equal([{"step": 0, **summary["before"]}, {"step": 9, **summary["after"]}], [plain.metrics[0], plain.metrics[-1]])
-    card = (run / "README.md").read_text()
-    assert f"Held-out loss {float(plain.metrics[-1]['eval/loss']):.4f}."[:-2] in card
-    assert f"`{run.parent / 'model'}`" in card and f"`{run.parent / 'train.jsonl'}`" in card and "`sft.py`" in card
-    record = json.loads((run / "args.json").read_text())
-    assert {name: record[name] for name in both.flags} == both.flags
+    whole.assert_summary_equals(summary, plain.metrics[0], plain.metrics[-1])
+    card = whole.assert_card_and_record(run, "sft.py", both.flags)
+    assert f"Held-out loss {summary['after']['eval/loss']:.4f}." in card
 
 
 def test_checkpointing_and_timeout_are_passed_on(both):
     """Each layer of each micro-batch is computed again in the backward pass, after the evaluations too."""
     layers = 4 if both.case == "packs" else 2
-    assert len(both.seen.recomputed) == layers * 3 * (3 + 3 + 2)  # layers, epochs, micro-batches of 5, 5 and 3 sequences
-    assert both.seen.minutes == [3.0]
+    assert len(both.recomputed) == layers * 3 * (3 + 3 + 2)  # epochs, micro-batches of 5, 5, 3 sequences
+    assert both.minutes == [3.0]

@@ -1,6 +1,6 @@
-"""Shared by the whole-run tests of sft.py, reward_model.py and dpo.py: the parts of a plain loop, one row at a time.
+"""Shared by the whole-run tests of sft.py, reward_model.py and dpo.py: parts of a plain loop.
 
-Nothing here imports the scripts or utils/: what a run leaves behind is compared with these lines and torch alone.
+Nothing here imports the scripts or utils/. What a run leaves behind is compared with these lines and torch.
 """
 
 import json
@@ -31,8 +31,11 @@ def embedded_rows(name, first, last):
 
 
 def save_policy(folder, seed=0, noise=0.0, pretrained=False):
-    """A tiny language model that ends about every third response early, or the embedded SFT model. Its folder has
-    sampling settings of its own, which no script may follow. noise: standard deviation of what is added to the weights."""
+    """A tiny language model that ends about every third response early, or the embedded SFT model.
+
+    Its folder has sampling settings of its own, which no script may follow. noise: standard deviation of what
+    is added to the weights.
+    """
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/base")
     assert tokenizer.eos_token_id == 0 and tokenizer("!").input_ids == [2]
     torch.manual_seed(seed)
@@ -45,7 +48,8 @@ def save_policy(folder, seed=0, noise=0.0, pretrained=False):
     if pretrained:
         model = AutoModelForCausalLM.from_pretrained(ROOT / "assets/sft", dtype=torch.float32)
     model.generation_config.update(
-        do_sample=True, temperature=3.0, top_k=2, repetition_penalty=5.0, eos_token_id=sorted(ENDS), pad_token_id=1)
+        do_sample=True, temperature=3.0, top_k=2, repetition_penalty=5.0, eos_token_id=sorted(ENDS),
+        pad_token_id=1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -73,7 +77,9 @@ def rate(finished, total, warmup, peak, schedule="cosine"):
     """Learning rate after so many finished steps."""
     if finished < warmup:
         return peak * finished / warmup
-    return peak * (1 if schedule == "constant" else math.cos(math.pi / 2 * (finished - warmup) / (total - warmup)) ** 2)
+    if schedule == "constant":
+        return peak
+    return peak * math.cos(math.pi / 2 * (finished - warmup) / (total - warmup)) ** 2
 
 
 def plain_step(optimizer, model, loss, lr, max_grad_norm):
@@ -94,7 +100,7 @@ def token_logprobs(model, ids):
 
 @torch.no_grad()
 def sample(model, prompts, seed, temperature, response_length, batch_size):
-    """Responses (lists of token ids), one row at a time, by the noise that generate draws for so many prompts at once."""
+    """Responses (token ids), one row at a time, by the noise that generate draws for a batch of prompts."""
     torch.manual_seed(seed)
     responses = []
     for start in range(0, len(prompts), batch_size):
@@ -106,16 +112,19 @@ def sample(model, prompts, seed, temperature, response_length, batch_size):
             chances = torch.ones(len(some), model.config.vocab_size)
             for i, (prompt, response) in enumerate(some):
                 if going_on[i]:
-                    chances[i] = (model(torch.tensor([prompt + response])).logits[0, -1].float() / temperature).softmax(-1)
-            for token, (_, response), alive in zip(torch.multinomial(chances, 1)[:, 0].tolist(), some, going_on):
+                    logits = model(torch.tensor([prompt + response])).logits[0, -1].float()
+                    chances[i] = (logits / temperature).softmax(-1)
+            drawn = torch.multinomial(chances, 1)[:, 0].tolist()
+            for token, (_, response), alive in zip(drawn, some, going_on):
                 response.extend([token] * alive)
         responses += [response for _, response in some]
     return responses
 
 
 def interval(values, prompts):
-    """95 % bootstrap interval of a mean over rows: a thousand times, whole prompts are drawn with all of their rows."""
-    groups = [[value for value, prompt in zip(values, prompts) if prompt == name] for name in sorted(set(prompts))]
+    """95 % bootstrap interval of a mean over rows: a thousand draws of prompts, each with all its rows."""
+    rows = list(zip(values, prompts))
+    groups = [[value for value, prompt in rows if prompt == name] for name in sorted(set(prompts))]
     draws = np.random.default_rng(0).integers(len(groups), size=(1000, len(groups)))
     return np.percentile([np.mean(sum([groups[i] for i in draw], [])) for draw in draws], [2.5, 97.5])
 
@@ -137,6 +146,53 @@ def assert_rows_equal(rows, expected, tolerance=1e-4):
             number = isinstance(value, (float, np.floating, torch.Tensor))
             value = pytest.approx(float(value), rel=tolerance, abs=tolerance) if number else value
             assert row[name] == value, (row["step"], name)
+
+
+def assert_summary_equals(summary, before, after):
+    """The figures before and after of summary.json are those of two rows of metrics."""
+    for name, row in (("before", before), ("after", after)):
+        assert_rows_equal([{"step": row["step"], **summary[name]}], [row])
+
+
+def assert_speeds(file, steps):
+    """times.jsonl has a speed for each line of training."""
+    rows = rows_of(file)
+    assert [row["step"] for row in rows] == steps and all(row["time/tokens_per_second"] > 0 for row in rows)
+
+
+def assert_tokenizer_saved(folder):
+    saved, expected = (AutoTokenizer.from_pretrained(path) for path in (folder, ROOT / "assets/base"))
+    assert saved.get_vocab() == expected.get_vocab()
+
+
+def assert_checkpoints(folder, weights, before, prefix=""):
+    """Checkpoints of steps 6 and 8, the last two: weights, and the evaluation at the start."""
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step_0000006", "step_0000008"]
+    states = []
+    for step in (6, 8):
+        found = checkpointed_weights(folder, step)
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+        assert_weights_equal(found, weights[step], weights[0])
+        states.append(json.loads((folder / f"checkpoints/step_{step:07d}/state.json").read_text()))
+        assert states[-1]["step"] == step
+        assert_rows_equal([{"step": 0, **states[-1]["before"]}], [before])
+    return states
+
+
+def assert_card_and_record(folder, script, flags):
+    """The model card names what the run was made of; args.json has its flags. Returns the card."""
+    card, record = (folder / "README.md").read_text(), json.loads((folder / "args.json").read_text())
+    assert f"Made by `{script}` from `{record['model']}` on `{record['train_data']}`" in card
+    assert {name: record[name] for name in flags} == json.loads(json.dumps(flags))
+    return card
+
+
+def count_minutes(patch, script):
+    """A list of the time limits that a script asks the process group for."""
+    minutes, join = [], script.init_distributed
+    patch.setattr(script, "init_distributed", lambda wait=30.0: (minutes.append(wait), join(wait))[1])
+    return minutes
 
 
 def weights_of(model):
