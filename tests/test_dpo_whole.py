@@ -1,8 +1,8 @@
 """Whole runs of dpo.py with no flag at its default, against a plain loop that knows nothing of dpo.py.
 
 The loop below is written from the papers: one response at a time, no padding, no micro-batches, no cache of
-the reference, no engine, torch's own AdamW. It shares with dpo.py only the addresses of its randomness. What a
-run leaves behind is compared: metrics.jsonl, samples.jsonl, summary.json, the policy, checkpoints, the
+the reference, no engine, torch's own AdamW. It shares with dpo.py only the addresses of its randomness. What
+a run leaves behind is compared: metrics.jsonl, samples.jsonl, summary.json, the policy, checkpoints, the
 reference's cache.
 """
 
@@ -24,7 +24,7 @@ PROMPTS, SAMPLES = 22, 20  # held-out prompts that are continued, of which the s
 FLAGS = dict(
     max_prompt_length=5, max_length=26, beta=0.4, nll_coef=0.3, epochs=3, batch_size=8, micro_batch_size=3,
     lr=5e-3, warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4,
-    num_eval_prompts=PROMPTS, response_length=5, temperature=0.4, seed=7, save_every=2, log_every=2,
+    num_eval_prompts=PROMPTS, response_length=5, temperature=0.4, seed=7, save_every=3, log_every=2,
     gradient_checkpointing=True, timeout_minutes=3.0, gold_function=f"{__name__}:gold")
 CASES = {
     "sigmoid": dict(loss="sigmoid", label_smoothing=0.1, lr_schedule="constant", ref_cache=None),

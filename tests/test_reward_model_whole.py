@@ -24,7 +24,7 @@ LONGEST, LONGEST_POST = 70, 60  # tokens of a row, and of a TL;DR prompt
 FLAGS = dict(
     max_length=LONGEST, max_prompt_length=LONGEST_POST, epochs=3, batch_size=8, micro_batch_size=3, lr=5e-3,
     warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4,
-    accuracy_by=("confidence", "policies"), seed=7, save_every=2, log_every=2,
+    accuracy_by=("confidence", "policies"), seed=7, save_every=3, log_every=2,
     gradient_checkpointing=True, timeout_minutes=3.0)
 CASES = {"shared": dict(share_prefix=True), "plain": dict(share_prefix=False)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here

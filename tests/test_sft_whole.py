@@ -1,8 +1,8 @@
 """Whole runs of sft.py with no flag at its default, against a plain loop that knows nothing of sft.py.
 
 The loop below is written from the paper: one row at a time, no padding, no packs, no micro-batches, no
-engine, torch's own AdamW. It shares with sft.py only the addresses of its randomness. What a run leaves behind is
-compared: metrics.jsonl, samples.jsonl, summary.json, the model, checkpoints.
+engine, torch's own AdamW. It shares with sft.py only the addresses of its randomness. What a run leaves
+behind is compared: metrics.jsonl, samples.jsonl, summary.json, the model, checkpoints.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ LONGEST, LONGEST_POST, PACK = 84, 60, 90  # tokens of a row, of a TL;DR prompt, 
 FLAGS = dict(
     max_length=LONGEST, max_prompt_length=LONGEST_POST, epochs=3, batch_size=5, micro_batch_size=2, lr=5e-3,
     warmup_ratio=0.3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.5, eval_every=4, num_samples=11,
-    response_length=6, temperature=0.4, seed=7, save_every=2, log_every=2,
+    response_length=6, temperature=0.4, seed=7, save_every=3, log_every=2,
     gradient_checkpointing=True, timeout_minutes=3.0)
 CASES = {  # rows by column: {prompt, completion} twice, {text} once
     "rows": dict(pack_length=0, completion_only=False),

@@ -166,11 +166,11 @@ def assert_tokenizer_saved(folder):
 
 
 def assert_checkpoints(folder, weights, before, prefix=""):
-    """Checkpoints of steps 6 and 8, the last two: weights, and the evaluation at the start."""
+    """Checkpoints of steps 3 and 6, none at the last step, 9: weights, and the evaluation at the start."""
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert names == ["step_0000006", "step_0000008"]
+    assert names == ["step_0000003", "step_0000006"]
     states = []
-    for step in (6, 8):
+    for step in (3, 6):
         found = checkpointed_weights(folder, step)
         found = {name.removeprefix(prefix): value for name, value in found.items()}
         assert_weights_equal(found, weights[step], weights[0])
