@@ -1,16 +1,22 @@
-"""Does each detail's test see it when the detail is broken? python tests/mutants.py [NUMBER ...]
+"""Do the tests see it when a line is broken? python tests/mutants.py [NUMBER ...], or --wiring [NAME ...]
 
-One patch per detail of docs/details.md, applied alone to a copy of the repository; then the test of its row runs there
-and must fail. Prints a table; the exit code is 1 if any patch goes unseen. Not part of the gate (about ten minutes);
-tests/test_docs.py checks that every row has a patch and that the patches still fit the code.
+Without --wiring: one patch for each detail of docs/details.md, which the test of its row must see. With it: the patches
+of wiring_mutants_ppo.py and wiring_mutants_pref.py, faults in how `main` connects the parts. Each patch is applied alone
+to a copy of the repository; then its test runs there and must fail. Prints a table; the exit code is 1 if any patch goes
+unseen. --part 1/2 takes every second one from the first on. Not part of the gate; tests/test_docs.py checks that every
+detail has a patch and that all patches still fit the code.
 """
 
+import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
+import wiring_mutants_ppo
+import wiring_mutants_pref
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -153,6 +159,9 @@ MUTANTS = {  # number: (file, text, broken text)
 }
 
 
+WIRING = wiring_mutants_ppo.MUTANTS | wiring_mutants_pref.MUTANTS  # name: (file, text, broken text, test)
+
+
 def rows():
     """{number: test} of docs/details.md."""
     found = {}
@@ -162,32 +171,48 @@ def rows():
     return found
 
 
-def killed(number, test):
-    """Whether the test fails in a copy of the repository with this detail broken."""
-    file, text, broken = MUTANTS[number]
+def killed(file, text, broken, test):
+    """Whether the test fails in a copy of the repository with this text broken."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "records", "__pycache__"))
         source = (copy / file).read_text()
-        assert source.count(text) == 1, f"{number}: {file} has this text {source.count(text)} times: {text}"
+        assert source.count(text) == 1, f"{file} has this text {source.count(text)} times: {text}"
         (copy / file).write_text(source.replace(text, broken))
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-        assert done.returncode in (0, 1), done.stdout[-2000:]  # anything else: the test did not run
-        return done.returncode == 1
+        code = run_in_fork(copy, test)
+        assert code in (0, 1), f"{test} did not run: exit code {code}"
+        return code == 1
 
 
-def main(numbers):
+def run_in_fork(copy, test):
+    """pytest's exit code in the copy, in a fork of this process: torch's import takes longer than most of the tests."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.chdir(copy)
+    sys.path = [path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests")]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+    os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *test.split()])))
+
+
+def main(names):
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+    import deepspeed  # noqa: F401  so that every fork has it, and torch
+
+    assert not killed("README.md", "# Minimal RLHF", "# Minimal RLHF", "tests/test_gpu.py -k advantages"), "no patch, no kill"
+    wiring = "--wiring" in names
+    chosen = WIRING if wiring else {number: (*MUTANTS[number], test) for number, test in rows().items()}
+    part, parts = next((map(int, name.split("/")) for name in names if re.fullmatch(r"\d+/\d+", name)), (1, 1))
+    names = [name for name in names if name in chosen] or list(chosen)[part - 1 :: parts]
     survivors = 0
-    print("| detail | file | broken | test | |\n|-|-|-|-|-|", flush=True)
-    for number, test in rows().items():
-        if not numbers or number in numbers:
-            seen = killed(number, test)
-            survivors += not seen
-            line = MUTANTS[number][2].strip().splitlines() or ["(line removed)"]
-            shown = line[0].replace("|", "\\|")
-            verdict = "killed" if seen else "SURVIVED"
-            print(f"| {number} | {MUTANTS[number][0]} | `{shown}` | {test} | {verdict} |", flush=True)
+    print("| fault | file | broken | test | |\n|-|-|-|-|-|", flush=True)
+    for name in names:
+        file, _, broken, test = chosen[name]
+        seen = killed(*chosen[name])
+        survivors += not seen
+        line = (broken.strip().splitlines() or ["(line removed)"])[0].replace("|", "\\|")
+        print(f"| {name} | {file} | `{line}` | {test} | {'killed' if seen else 'SURVIVED'} |", flush=True)
     print(f"\n{survivors} survived")
     return survivors > 0
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT
-from mutants import MUTANTS
+from mutants import MUTANTS, WIRING
 
 import group_invariant_ppo
 import ppo
@@ -100,8 +100,9 @@ def test_the_tests_that_rows_name_exist():
 def test_every_row_has_a_mutant_that_fits():
     """tests/mutants.py breaks each detail that has a row, in a text that its file holds exactly once."""
     assert set(MUTANTS) == set(rows())
-    for number, (file, text, broken) in MUTANTS.items():
-        assert (ROOT / file).read_text().count(text) == 1 and text != broken, f"detail {number}: {file}: {text}"
+    for name, (file, text, broken, *_) in [*MUTANTS.items(), *WIRING.items()]:
+        assert (ROOT / file).read_text().count(text) == 1 and text != broken, f"{name}: {file}: {text}"
+    assert len(WIRING) > 300
 
 
 def test_links_lead_to_files():

@@ -29,9 +29,7 @@ FLAGS = dict(
 CASES = {
     "sigmoid": dict(loss="sigmoid", label_smoothing=0.1, lr_schedule="constant", ref_cache=None),
     "hinge": dict(loss="hinge", label_smoothing=0.0, lr_schedule="cosine", ref_cache="CACHE"),
-    "ipo": dict(loss="ipo", label_smoothing=0.0, lr_schedule="cosine", ref_cache="CACHE")}
-if hasattr(dpo.Args, "share_prefix"):
-    CASES["ipo"]["share_prefix"] = True
+    "ipo": dict(loss="ipo", label_smoothing=0.0, lr_schedule="cosine", ref_cache="CACHE", share_prefix=True)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
     "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
     "ref_model", "train_data", "eval_data", "eval_prompts", "output_dir"}

@@ -393,8 +393,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "]\n",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "reward_model.py: correlation of the chosen ones alone": (
-        "reward_model.py", "lengths, all_scores = [len(ids) for ids in chosen + rejected], chosen_scores + rejected_scores",
-        "lengths, all_scores = [len(ids) for ids in chosen], chosen_scores",
+        "reward_model.py", "np.corrcoef(lengths, all_scores)[0, 1]",
+        "np.corrcoef(lengths[: len(chosen)], chosen_scores)[0, 1]",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "reward_model.py: mean scores swapped": (
         "reward_model.py", "\"chosen_rewards\": np.mean(chosen_scores), \"rejected_rewards\": np.mean(rejected_scores)",
@@ -445,7 +445,7 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "texts = [row[\"response\"] for row in rows], [row[\"query\"] for row in rows]",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: the interval is over rows": (
-        "dpo.py", "[row[\"prompt\"] for *_, row in pairs])",
+        "dpo.py", "[pair.row[\"prompt\"] for pair in pairs])",
         "range(len(pairs)))",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: --lr_schedule is ignored": (
@@ -473,8 +473,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "evaluate_pairs(engine, [*held_out.values()][0], [*held_out_ref.values()][0], args)",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: cached reference of other pairs": (
-        "dpo.py", "[i or 0 for i in mb_rows]",
-        "list(range(len(mb_rows)))",
+        "dpo.py", "[i or 0 for i in mb_indices]",
+        "list(range(len(mb_indices)))",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: --beta is ignored in evaluations": (
         "dpo.py", "chosen, rejected = args.beta * (logprobs - ref_logprobs)",
@@ -525,8 +525,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "sums = torch.stack",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: tokens of rejected responses divide the NLL": (
-        "dpo.py", "chosen_tokens = sum(len(train[i][1]) for i in batch)",
-        "chosen_tokens = sum(len(train[i][2]) for i in batch)",
+        "dpo.py", "chosen_tokens = sum(len(train[i].chosen) for i in batch)",
+        "chosen_tokens = sum(len(train[i].rejected) for i in batch)",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: --seed is ignored in sampling": (
         "dpo.py", "args.seed + rank()",
