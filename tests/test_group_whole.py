@@ -346,7 +346,7 @@ def test_summary_and_card_say_what_the_run_did(both):
     for value in (evaluations[0]["eval/score"], evaluations[-1]["eval/score"]):
         assert f"{value:.3f}" in card
     assert f"{evaluations[-1]['eval/kl']:.2f}" in card and str(run.parent / "sft") in card
-    steps = {"raw": []}.get(run.name, ["step_0000002", "step_0000004"])
+    steps = {"raw": ["step_0000001"]}.get(run.name, ["step_0000003", "step_0000004"])
     assert sorted(path.name for path in (run / "checkpoints").glob("*")) == steps
 
 

@@ -25,8 +25,8 @@ FLAGS = dict(
     max_prompt_length=9, response_length=TR, temperature=0.9, top_p=0.95, repetition_penalty=1.15, missing_eos_score=-2.5,
     rollout_batch_size=3, offload_frozen=True, total_episodes=UPDATES * EPISODES + 3, batch_size=EPISODES, num_ppo_epochs=2,
     num_minibatches=2, micro_batch_size=3, lr=2e-3, critic_lr=3e-3, weight_decay=0.3, adam_eps=1e-2, max_grad_norm=0.3,
-    kl_coef=0.2, gamma=0.9, lam=0.8, cliprange=0.04, cliprange_value=0.03, vf_coef=0.4, whiten_rewards=True, eval_every=2,
-    num_eval_prompts=5, seed=7, save_every=2, gradient_checkpointing=True, timeout_minutes=3.0,
+    kl_coef=4.0, gamma=0.9, lam=0.8, cliprange=0.04, cliprange_value=0.03, vf_coef=0.4, whiten_rewards=True, eval_every=2,
+    num_eval_prompts=5, seed=7, save_every=1, gradient_checkpointing=True, timeout_minutes=3.0,
     gold_function=f"{__name__}:gold")
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
     "retokenize", "allow_pickle", "reward_function", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16",
@@ -151,7 +151,7 @@ def plain_run(folder):
         samples.extend(rows)
         means = {f"eval/{name}": np.mean([row[name] for row in rows]) for name in ("score", "kl", "length", "ended", "gold")}
         starts = {tuple(row["ids"] + [tokenizer.pad_token_id] * (4 - len(row["ids"]))) for row in rows}
-        means |= {"eval/rlhf_reward": means["eval/score"] - 0.2 * means["eval/kl"], "eval/distinct_starts": len(starts) / 5}
+        means |= {"eval/rlhf_reward": means["eval/score"] - 4.0 * means["eval/kl"], "eval/distinct_starts": len(starts) / 5}
         metrics.append({"step": update, **means})
         return means["eval/rlhf_reward"]
 
@@ -177,7 +177,7 @@ def plain_run(folder):
             entropies = torch.stack([torch.distributions.Categorical(logits=row).entropy() for query, response in pairs
                                      for row in logits_after(policy, query + response)[len(query) - 1 : -1]])
         kl = old - ref
-        rewards = -0.2 * kl
+        rewards = -4.0 * kl
         for i, length in enumerate(lengths.tolist()):
             rewards[i, min(length, TR - 1)] += scores[i]
         rewards = whitened(rewards, value_mask, shift_mean=False)
@@ -207,7 +207,7 @@ def plain_run(folder):
             "step": update, "episode": update * EPISODES, "lr": 2e-3 * left, "critic_lr": 3e-3 * left,
             "objective/scores": score, "objective/kl": mean_kl, "objective/gold": np.mean(golds),
             "objective/kl_k3": ((ref - old).exp() - 1 + kl).sum(1).mean(), "objective/entropy": -old.sum(1).mean(),
-            "objective/non_score_reward": -0.2 * mean_kl, "objective/rlhf_reward": score - 0.2 * mean_kl,
+            "objective/non_score_reward": -4.0 * mean_kl, "objective/rlhf_reward": score - 4.0 * mean_kl,
             "policy/entropy_avg": entropies.mean(), "policy/approxkl_avg": (ratio.log() ** 2).mean() / 2,
             "policy/clipfrac_avg": torch.cat(seen.clips).mean(), "policy/grad_norm": np.mean(seen.norms),
             "loss/policy_avg": torch.cat(seen.losses).mean(), "loss/value_avg": torch.cat(seen.vf_losses).mean(),
@@ -292,7 +292,9 @@ def test_the_run_is_a_fair_one(both):
     assert all(0 < row["val/ended"] < 1 for row in rows) and len({row["length"] for row in plain.samples}) >= 4
     assert all(row["policy/clipfrac_avg"] > 0.02 and row["val/clipfrac_avg"] > 0.02 for row in rows)
     assert all(row["policy/grad_norm"] > 0.3 for row in rows) and abs(rows[-1]["objective/kl"]) > 0.01
-    assert len({row["eval/rlhf_reward"] for row in plain.metrics if "eval/score" in row}) == 4
+    evaluations = [row for row in plain.metrics if "eval/score" in row][1:]
+    best, by_score = (max(evaluations, key=lambda row: row[name])["step"] for name in ("eval/rlhf_reward", "eval/score"))
+    assert best == 4 and by_score == 2  # neither the last evaluation, nor the first, nor that of the best score
 
 
 def test_metrics_equal_those_of_the_plain_loop(both):
@@ -358,4 +360,4 @@ def test_summary_and_card_say_what_the_run_did(both):
     for value in (evaluations[0]["eval/score"], evaluations[-1]["eval/score"]):
         assert f"{value:.3f}" in card
     assert f"{evaluations[-1]['eval/kl']:.2f}" in card and str(run.parent / "sft") in card
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_0000002", "step_0000004"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_0000003", "step_0000004"]

@@ -23,7 +23,7 @@ MUTANTS = {
     **of_both("--num_eval_prompts is ignored", "tokenizer, args)[: args.num_eval_prompts]", "tokenizer, args)[:500]"),
     **of_both("--eval_prompts is ignored", "load_prompts(args.eval_prompts,", "load_prompts(args.prompts,"),
     **of_both("--eval_every is ignored", "update % args.eval_every == 0 or", "update % 10 == 0 or"),
-    **of_both("--save_every is ignored", "update % args.save_every == 0)", "update % args.eval_every == 1)"),
+    **of_both("--save_every is ignored", "update % args.save_every == 0)", "update % 10 == 0)"),
     **of_both("--num_ppo_epochs is ignored in the plan", "for epoch in range(args.num_ppo_epochs):\n            #",
               "for epoch in [0] * args.num_ppo_epochs:\n            #"),
     **of_both("--num_minibatches is ignored", "// args.num_minibatches)", "// 1)"),
@@ -100,8 +100,6 @@ MUTANTS = {
     **of_both("best/ is the first evaluation", '            progress["best"] = after["eval/rlhf_reward"]\n',
               '            progress["best"] = np.inf\n'),
     **of_both("best/ goes by the score", 'if after["eval/rlhf_reward"] >', 'if after["eval/score"] >'),
-    **of_both("best/ is the critic", 'save_model(engines["policy"], policy, tokenizer, folder / "best")',
-              'save_model(engines["policy"], ref_policy, tokenizer, folder / "best")'),
     **of_both("critic/ is the policy", 'save_model(engines["critic"], critic.classifier, tokenizer, folder / "critic")',
               'save_model(engines["policy"], policy, tokenizer, folder / "critic")'),
     **of_both("the last checkpoint is of the end", "args.save_every == 0) and update < args.num_updates",
@@ -172,3 +170,14 @@ MUTANTS |= {f"group_invariant_ppo.py: {name}": ("group_invariant_ppo.py", *rest,
     ("the saved head is the critic's", 'save_weights(engines["group_head"], folder / "group_head.safetensors")',
      'save_weights(engines["critic"], folder / "group_head.safetensors")'),
 ]}
+
+# ranks
+MUTANTS |= of_both("ranks share noise", "sampling_noise(args.seed, update, numbers,",
+                   "sampling_noise(args.seed, update, range(first, first + len(numbers)),", (RANKS, RANKS))
+MUTANTS |= of_both("ranks share prompts", "numbers = range(first + rank(), first + args.batch_size, world_size())",
+                   "numbers = range(first, first + args.batch_size, world_size())", (RANKS, RANKS))
+MUTANTS |= of_both("ranks share an evaluation's noise", "sampling_noise(0, 0, mine,", "sampling_noise(0, 0, range(len(mine)),",
+                   (RANKS, RANKS))
+MUTANTS |= of_both("samples.jsonl has the prompts of rank 0 alone",
+                   "samples = gather_rows(dict(zip(columns, row)) for row in zip(*columns.values()))",
+                   "samples = [dict(zip(columns, row)) for row in zip(*columns.values())]", (RANKS, RANKS))
