@@ -554,7 +554,7 @@ def tables(results, reference=()):
                  if "error" not in row and row["dtype"] in base else row.get("error")] for row in variants])
     if of("right/sampled"):
         text += "Log-probability of a token as scored less as sampled:\n\n" + table(
-            ["dtype", "tokens", "mean of |difference|", "largest", "mean of its exp"],
+            ["dtype", "tokens", "mean size of the difference", "largest", "mean of its exp"],
             [[row[key] for key in ("dtype", "tokens", "mean_difference", "largest_difference", "mean_ratio")]
              for row in of("right/sampled")])
     defaults = [(row, "this machine") for row in of("right") if "script" in row] + [

@@ -822,7 +822,7 @@ def test_detail_E14_disagreement_of_rollout_and_update_stops_the_run(assets, tmp
     with pytest.raises(SystemExit):
         run(assets, tmp_path / "run")
     error = capsys.readouterr().err
-    assert "update 1" in error and "before any training" in error and error.count("\n") == 1
+    assert "update 1" in error and "before its first step" in error and error.count("\n") == 1
     assert training(rows_of(tmp_path / "run/metrics.jsonl")) == []
 
 
