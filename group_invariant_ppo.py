@@ -877,7 +877,7 @@ def main(args: Args):
         logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)
         labels = torch.zeros(len(responses), args.num_groups, device=device)  # (B, M)
         with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
-            for rows in sum(plan[0], []):
+            for rows in sum(plan[0], []):  # the micro-batches of the first epoch, one after the other
                 logprobs[rows] = response_logprobs(
                     engines["policy"], episodes, rows, args, forbidden, entropies)
                 ref_logprobs[rows] = response_logprobs(ref_policy, episodes, rows, args, forbidden)
@@ -915,7 +915,7 @@ def main(args: Args):
         norms = {name: [] for name in engines}  # gradient norms of each step
         for epoch in range(args.num_ppo_epochs):
             for minibatch in plan[epoch]:
-                members = sum(minibatch, [])
+                members = sum(minibatch, [])  # all rows of this minibatch
                 num_tokens, num_states = all_sum(
                     torch.stack([mask[members].sum(), value_mask[members].sum()]).float())
                 for rows in minibatch:

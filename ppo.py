@@ -707,7 +707,7 @@ def main(args: Args):
             plan.append([episodes.micro_batches(rows, args.micro_batch_size) for rows in minibatches])
         logprobs, ref_logprobs, values, entropies = torch.zeros(4, *responses.shape, device=device)
         with torch.no_grad(), on_device(ref_policy, device, args.offload_frozen):
-            for rows in sum(plan[0], []):
+            for rows in sum(plan[0], []):  # the micro-batches of the first epoch, one after the other
                 logprobs[rows] = response_logprobs(
                     engines["policy"], episodes, rows, args, forbidden, entropies)
                 ref_logprobs[rows] = response_logprobs(ref_policy, episodes, rows, args, forbidden)
@@ -731,7 +731,7 @@ def main(args: Args):
         norms = {name: [] for name in engines}  # gradient norms of each step
         for epoch in range(args.num_ppo_epochs):
             for minibatch in plan[epoch]:
-                members = sum(minibatch, [])
+                members = sum(minibatch, [])  # all rows of this minibatch
                 num_tokens, num_states = all_sum(
                     torch.stack([mask[members].sum(), value_mask[members].sum()]).float())
                 for rows in minibatch:
