@@ -79,6 +79,13 @@ def test_every_detail_of_the_paper_is_there_or_says_why():
     assert missing and all(re.search(rf"\({number}[:)]", without) for number in missing)
 
 
+def test_no_tag_stands_alone():
+    """A comment of tags alone sends the reader away: each tag is followed by its fact."""
+    tags_alone = re.compile(r"#( *\[(detail )?[EGW]?\d+\])+ *$")
+    assert tags_alone.search("x = 1  # [detail 22] [E14]") and not tags_alone.search("x = 1  # [E14] a fact")
+    assert not [(path.name, line) for path in SOURCES for line in path.read_text().splitlines() if tags_alone.search(line)]
+
+
 def test_every_row_of_a_paper_names_its_source():
     """A pinned line of the paper's code, or the paper's section; so has every row that says what theirs does."""
     pinned = r"\[[^]]+\]\(https://github\.com/[\w.-]+/[\w.-]+/blob/[0-9a-f]{40}/[\w./-]+#L\d+(-L\d+)?\)"
