@@ -6,7 +6,7 @@
         ref_logprobs = the same under the reference
         h            = (logprobs - ref_logprobs) of y_w, minus that of y_l
         loss         = mean over the batch of -log sigmoid(beta h)
-        one step of AdamW along the gradient of the loss
+        one step of AdamW down the loss
     now and then: beta (logprobs - ref_logprobs) as the reward of held-out pairs; sampled continuations
 
 Run:     python dpo.py                                   the embedded task, CPU, minutes
@@ -143,11 +143,11 @@ class Args:
 
     # machine
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 2 or 3. Paper: 2"""
+    """DeepSpeed ZeRO stage: 0, 2 or 3. N+: 2"""
     offload_optimizer: bool = False
     """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
     bf16: bool = False
-    """bf16 weights with fp32 master weights (GPUs). Paper: True"""
+    """bf16 weights with fp32 master weights (GPUs). N+: True"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     timeout_minutes: float = 30.0

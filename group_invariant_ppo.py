@@ -8,7 +8,7 @@
         labels     = p(group | prompt, response) of a head on the critic
         kl_coef    = kl_coef * p(best group)
         rewards    = -kl_coef * kl at every token, and the score at the end
-        advantages = GAE(rewards, values of the critic)
+        advantages = GAE(rewards, values of the critic), whitened
         advantages = kappa * advantages, kappa < 1 in the better groups
         repeat num_ppo_epochs times over these responses:
             the policy steps down its clipped surrogate loss, the critic its clipped squared error
@@ -16,7 +16,7 @@
 
 Run:     python group_invariant_ppo.py                   the embedded task, CPU, minutes
          deepspeed group_invariant_ppo.py --lr 5e-7      every GPU of this machine
-Reads:   --sft_model; --reward_model or --reward_function; --prompts with a column {prompt}
+Reads:   --sft_model; --reward_model or --reward_function; --prompts and --eval_prompts, column {prompt}
 Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metrics.jsonl, samples.jsonl,
          summary.json, TensorBoard, checkpoints, group_head.safetensors
 Result:  README.md (embedded and other small tasks); not yet measured at the paper's scale
@@ -24,7 +24,7 @@ Result:  README.md (embedded and other small tasks); not yet measured at the pap
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 7.
 `[detail N]` are its numbers, `[E N]` our own choices, all listed in docs/details.md. `N+:` is its value of a flag.
 
-Differs from the paper's code in the numbers:
+Differs from the paper's code in the numbers, above all:
   1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
   2. a token's noise is addressed by (seed, update, episode, position), not drawn in turn     [E11]
 and not in the numbers:
@@ -182,11 +182,11 @@ class Args:
 
     # machine
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 2 or 3. Paper: 2"""
+    """DeepSpeed ZeRO stage: 0, 2 or 3. N+: 2"""
     offload_optimizer: bool = False
     """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
     bf16: bool = False
-    """bf16 weights with fp32 master weights (GPUs). Paper: True"""
+    """bf16 weights with fp32 master weights (GPUs). N+: True"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     timeout_minutes: float = 30.0
@@ -273,10 +273,9 @@ class GroupHead(torch.nn.Module):
 def load_models(args, tokenizer):
     """policy, ref_policy, critic, reward_model and its tokenizer. [detail 7] Dropout is off in all of them.
 
-    There is no reward model where a Python function takes its place. Its tokenizer is None where it is the
-    policy's.
+    The reward model is None with --reward_function. Its tokenizer is None where it reads the policy's tokens.
     """
-    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed makes the bf16 copy
+    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed converts it for --bf16
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
     reward_model = retokenizer = None
     if not args.reward_function:
@@ -431,12 +430,12 @@ def truncate_at_eos(responses, eos_ids, pad_id):
     return responses.masked_fill(~kept, pad_id), lengths, ended
 
 
-def response_masks(lengths, width):
+def response_masks(lengths, response_length):
     """mask (B, Tr): tokens that count, t <= e; value_mask (B, Tr): states whose value counts, t <= e + 1.
 
     e = lengths - 1 is the index of the last kept token, EOS where there is one.
     """
-    t = torch.arange(width, device=lengths.device)
+    t = torch.arange(response_length, device=lengths.device)
     mask = t < lengths[:, None]  # [detail 30] log-probabilities after EOS are masked: KL 0 and ratio 1
     value_mask = t < lengths[:, None] + 1  # [detail 31] the state after EOS counts: the score lands there
     return mask, value_mask
@@ -462,7 +461,7 @@ def response_logprobs(model, episodes, rows, args, forbidden, entropies=None):
 def values_and_states(critic, episodes, rows, args):
     """Values as of response_values in ppo.py, and the states (b, d) that the group head reads."""
     ids, attention_mask, width, shift = episodes.batch(rows)
-    back = episodes.lengths[rows] * (args.group_level == "prompt")  # [G4] the last token, or the query's
+    back = episodes.lengths[rows] * (args.group_level == "prompt")  # [G4] the last token of the response, or of the query
     values, states = critic(ids, attention_mask, back)
     values = values[:, -width - 1 :]  # [detail 28] V_t is read one step before token t
     return left_aligned(values, shift, args.response_length) * episodes.value_mask[rows], states
@@ -653,7 +652,7 @@ def advantage_multiplier(labels, returns, beta, kind):
 def adaptive_kl_coefs(labels, scores, kl_coef):
     """kl_coef times the probability of the group with the highest mean score, (B,), and that group."""
     shares, means = group_means(labels, scores)
-    best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()  # [G10] no empty group: none would pay
+    best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()  # [G10] never an empty group: with probability 0 nobody would pay
     return kl_coef * labels[:, best], best
 
 
@@ -669,9 +668,9 @@ def policy_losses(new_logprobs, logprobs, advantages, cliprange):
 
 
 def value_losses(new_values, values, returns, cliprange_value):
-    """Half the squared error of the new value, or of it clipped near the rollout's, and where the latter counts.
+    """Half the larger of two squared errors: of the new value, and of it clipped to near the rollout's.
 
-    All (..., B, Tr).
+    And where the latter is the larger. All (..., B, Tr).
     """
     clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (clipped_values - returns) ** 2
@@ -943,7 +942,7 @@ def main(args: Args):
                         gain = (engines["group_head"](leaf) * gradient[rows]).sum() / args.batch_size
                         head_loss = -args.beta_critic * gain * args.num_minibatches  # a step sees one minibatch
                         engines["group_head"].backward(head_loss * world_size())
-                        vf_loss = vf_loss + (leaf.grad * states).sum() / world_size()  # the leaf's has that factor
+                        vf_loss = vf_loss + (leaf.grad * states).sum() / world_size()  # leaf.grad already has that factor
                     engines["critic"].backward(vf_loss * world_size())
                     epoch_values[epoch, rows] = new_values.detach()
                 if args.beta_critic and epoch == 0:
@@ -990,7 +989,7 @@ def main(args: Args):
             gap=(metrics["groups/gap"], "5.2f"),
             entropy=(metrics["policy/entropy_avg"], ".2f"))
         if metrics["objective/kl"] > 40:
-            print0("warning: KL above 40 nats. In the paper such runs had the best scores, the worst texts")
+            print0("warning: KL above 40 nats. In the paper such runs had the best scores and the worst texts")
 
         # 9. evaluate, keep the best, save
         if update % args.eval_every == 0 or update == args.num_updates:

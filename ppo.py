@@ -5,13 +5,13 @@
         scores     = the reward model reads each prompt with its response; -1 where EOS is missing
         kl         = log policy(token) - log reference(token), of every token of the responses
         rewards    = -kl_coef * kl at every token, and the score at the end
-        advantages = GAE(rewards, values of the critic)
+        advantages = GAE(rewards, values of the critic), whitened
         repeat num_ppo_epochs times over these responses:
             the policy steps down its clipped surrogate loss, the critic its clipped squared error
 
 Run:     python ppo.py                                   the embedded task, CPU, minutes
          deepspeed ppo.py --lr 5e-7                      every GPU of this machine
-Reads:   --sft_model; --reward_model or --reward_function; --prompts with a column {prompt}
+Reads:   --sft_model; --reward_model or --reward_function; --prompts and --eval_prompts, column {prompt}
 Writes:  --output_dir: the policy as a Hugging Face folder, critic/, best/, metrics.jsonl, samples.jsonl,
          summary.json, TensorBoard, checkpoints
 Result:  README.md (embedded and other small tasks); not yet measured at the paper's scale
@@ -19,7 +19,7 @@ Result:  README.md (embedded and other small tasks); not yet measured at the pap
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 7.
 `[detail N]` are its numbers, `[E N]` our own choices, all listed in docs/details.md. `N+:` is its value of a flag.
 
-Differs from the paper's code in the numbers:
+Differs from the paper's code in the numbers, above all:
   1. losses, whitening and metrics are means over all ranks, not per rank or micro-batch      [E2] [E8]
   2. a token's noise is addressed by (seed, update, episode, position), not drawn in turn     [E11]
 and not in the numbers:
@@ -146,11 +146,11 @@ class Args:
 
     # machine
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 2 or 3. Paper: 2"""
+    """DeepSpeed ZeRO stage: 0, 2 or 3. N+: 2"""
     offload_optimizer: bool = False
     """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
     bf16: bool = False
-    """bf16 weights with fp32 master weights (GPUs). Paper: True"""
+    """bf16 weights with fp32 master weights (GPUs). N+: True"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     timeout_minutes: float = 30.0
@@ -208,10 +208,9 @@ class ScalarModel(torch.nn.Module):
 def load_models(args, tokenizer):
     """policy, ref_policy, critic, reward_model and its tokenizer. [detail 7] Dropout is off in all of them.
 
-    There is no reward model where a Python function takes its place. Its tokenizer is None where it is the
-    policy's.
+    The reward model is None with --reward_function. Its tokenizer is None where it reads the policy's tokens.
     """
-    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed makes the bf16 copy
+    policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed converts it for --bf16
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
     reward_model = retokenizer = None
     if not args.reward_function:
@@ -366,12 +365,12 @@ def truncate_at_eos(responses, eos_ids, pad_id):
     return responses.masked_fill(~kept, pad_id), lengths, ended
 
 
-def response_masks(lengths, width):
+def response_masks(lengths, response_length):
     """mask (B, Tr): tokens that count, t <= e; value_mask (B, Tr): states whose value counts, t <= e + 1.
 
     e = lengths - 1 is the index of the last kept token, EOS where there is one.
     """
-    t = torch.arange(width, device=lengths.device)
+    t = torch.arange(response_length, device=lengths.device)
     mask = t < lengths[:, None]  # [detail 30] log-probabilities after EOS are masked: KL 0 and ratio 1
     value_mask = t < lengths[:, None] + 1  # [detail 31] the state after EOS counts: the score lands there
     return mask, value_mask
@@ -395,7 +394,7 @@ def response_logprobs(model, episodes, rows, args, forbidden, entropies=None):
 
 
 def response_values(critic, episodes, rows, args):
-    """Values of the states before each response token and after the last one: (b, Tr), 0 after that."""
+    """Values (b, Tr) of the states before each response token and, if a column is left, after the last one."""
     ids, attention_mask, width, shift = episodes.batch(rows)
     values = critic(ids, attention_mask)[:, -width - 1 :]  # [detail 28] V_t is read one step before token t
     return left_aligned(values, shift, args.response_length) * episodes.value_mask[rows]
@@ -539,9 +538,9 @@ def policy_losses(new_logprobs, logprobs, advantages, cliprange):
 
 
 def value_losses(new_values, values, returns, cliprange_value):
-    """Half the squared error of the new value, or of it clipped near the rollout's, and where the latter counts.
+    """Half the larger of two squared errors: of the new value, and of it clipped to near the rollout's.
 
-    All (..., B, Tr).
+    And where the latter is the larger. All (..., B, Tr).
     """
     clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (clipped_values - returns) ** 2
@@ -785,7 +784,7 @@ def main(args: Args):
             length=(metrics["val/length"], "4.1f"), ended=(metrics["val/ended"], ".2f"),
             entropy=(metrics["policy/entropy_avg"], ".2f"))
         if metrics["objective/kl"] > 40:
-            print0("warning: KL above 40 nats. In the paper such runs had the best scores, the worst texts")
+            print0("warning: KL above 40 nats. In the paper such runs had the best scores and the worst texts")
 
         # 9. evaluate, keep the best, save
         if update % args.eval_every == 0 or update == args.num_updates:

@@ -105,11 +105,14 @@ def child(module, python, side, folder, threads=1, packages=None, **settings):
     alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # it is no rank of ours
     environment = {name: value for name, value in os.environ.items() if name not in alone}
     environment["OMP_NUM_THREADS"] = str(threads)
+    if side.startswith("TRL") and torch.cuda.is_available():
+        environment["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its PPOTrainer reads it from here alone
     if packages:
         environment["PYTHONPATH"] = os.pathsep.join([str(packages), environment.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+        told = [line for line in done.stderr.splitlines() if "Error" in line or line.startswith("error:")]
+        raise SystemExit(f"{side} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}\n" + "\n".join(told[-3:]))
     return json.loads(Path(folder, "result.json").read_text())
 
 
@@ -145,12 +148,12 @@ class Memory:
 
     def __init__(self):
         gc.collect()
-        for tensor in filter(torch.is_tensor, gc.get_objects()):
-            tensor.detach().sum()  # weights are mapped from their file, and take memory once they are read
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self.level = torch.cuda.memory_allocated() / 2**20
         else:
+            for tensor in filter(torch.is_tensor, gc.get_objects()):
+                tensor.detach().sum()  # weights are mapped from their file, and take memory once they are read
             Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak starts again from here
             self.level = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -279,7 +282,7 @@ def time_script(script, args, steps, products=False):
     rows = [json.loads(line) for line in open(Path(args.output_dir, "metrics.jsonl"))]
     counted = steps - NOT_COUNTED
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    return {"step": (stamps[-1] - stamps[NOT_COUNTED - 1]) / counted, "memory": peak,
+    return {"step": (stamps[-1] - stamps[NOT_COUNTED - 1]) / counted, "memory": peak, "loaded": memory.level,
             "losses": [row["train/loss"] for row in rows if "train/loss" in row],
             "products": recorder.seconds(dtype) / counted if products else None, "flops": recorder.flops() / counted}
 
@@ -305,6 +308,7 @@ def time_trl(trainer_class, config_class, model, tokenizer, data, folder, worklo
     memory = Memory()
     trainer.train()
     return {"step": (stamps[-1] - stamps[NOT_COUNTED - 1]) / (len(stamps) - NOT_COUNTED), "memory": memory.peak(),
+            "loaded": memory.level,
             "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
 
 

@@ -14,11 +14,13 @@ python -m benchmarks.gpu_day --page writes the GPU section of docs/speed.md from
 
 import argparse
 import contextlib
+import gc
 import importlib
 import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -69,8 +71,9 @@ def tests(run):
     """The tests that are marked `gpu`: they run on the GPU where there is one."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"],
                           capture_output=True, text=True)
-    print(done.stdout)
-    run.record(passed=done.returncode == 0, last_line=done.stdout.strip().splitlines()[-1] if done.stdout else "")
+    print(done.stdout, done.stderr[-3000:])
+    summary = [line for line in done.stdout.splitlines() if " in " in line and ("passed" in line or "failed" in line)]
+    run.record(passed=done.returncode == 0, last_line=summary[-1] if summary else "no summary: see log.txt")
 
 
 # Flags of a short run of ppo.py on the embedded models, and what is tried with it.
@@ -96,6 +99,10 @@ def short(run, dtype):
     for name, flags in VARIANTS.items():
         out, drifts = run.folder / f"{dtype}_{name.replace(' ', '_')}", []
         start = time.time()
+        gc.collect()
+        if torch.cuda.is_available():  # what the variant before has left is not this one's
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         try:
             with noted_first_ratios(ppo, drifts):
                 ppo.main(tyro.cli(ppo.Args, args=[
@@ -197,7 +204,7 @@ def resume(run):
     first, second = metrics_of(run.folder / "whole"), metrics_of(run.folder / "killed")
     differences = [max(abs(a[key] - b[key]) for key in COMPARED) for a, b in zip(first, second)]
     run.record(was_killed=killed.returncode == -signal.SIGKILL, differences=differences,
-               passed=resumed.returncode == 0 and len(first) == len(second) == 4)
+               passed=killed.returncode != 0 == resumed.returncode and len(first) == len(second) == 4)
 
 
 DEFAULT_RUNS = ("ppo", "group_invariant_ppo", "dpo")
@@ -215,7 +222,8 @@ def default_run(run, script, dtype):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout[-3000:])
     if done.returncode:
-        return run.record(script=script, dtype=dtype, error=done.stdout.strip().splitlines()[-1][:300])
+        told = [line for line in done.stdout.splitlines() if "rror" in line] or ["see log.txt"]
+        return run.record(script=script, dtype=dtype, error=told[-1][:300])
     summary = json.loads((out / "summary.json").read_text())
     run.record(script=script, dtype=dtype, seconds=time.time() - start, before=numbers(summary["before"]),
                after=numbers(summary["after"]))
@@ -241,6 +249,7 @@ def made_once(folder, make, workload):
         folder.mkdir(parents=True, exist_ok=True)
         make(folder, workload)
         (folder / "complete").touch()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the measured process has the GPU to itself
     return folder
@@ -255,10 +264,12 @@ def ppo(run, name):
     for side in ("ppo.py", "TRL"):
         try:
             result = child("ppo_speed", sys.executable, side, folder, workload=workload, updates=2,
-                           packages=run.packages("trl_1.12") if side == "TRL" else None)
+                           threads=8 if gpu_here() else 1, packages=run.packages("trl_1.12") if side == "TRL" else None)
         except SystemExit as error:
             run.record(workload=name, side=side, error=str(error)[-600:])
             continue
+        finally:
+            shutil.rmtree(folder / "ours", ignore_errors=True)
         figures = {part: statistics.median(result[part]) for part in ("rollout", "scoring", "training", "update")}
         if side == "ppo.py":
             length = statistics.mean(result["length"])
@@ -300,9 +311,11 @@ def decode(run, rows):
     from benchmarks.ppo_speed import run_rollouts
 
     folder, workload = ppo_workload(run, "512-53" if rows == 64 else "512-53-large")
-    result = run_rollouts(folder, workload | dict(rollout_batch_size=min(rows, workload["batch_size"])), 2)
-    run.record(rows=rows, **{name: statistics.median(value) if isinstance(value, list) else value
-                             for name, value in result.items()})
+    workload = workload | dict(rollout_batch_size=min(rows, workload["batch_size"]))
+    for names in (("ours", "prefill", "generate"), ("static",)):  # what needs no compiler is recorded before
+        result = run_rollouts(folder, workload, 2, names)
+        run.record(rows=rows, **{name: statistics.median(value) if isinstance(value, list) else value
+                                 for name, value in result.items()})
 
 
 TRAINERS = {"dpo": ["dpo.py", "TRL", "dpo.py --share_prefix"], "reward_model": ["reward_model.py", "TRL", "reward_model.py --share_prefix"],
@@ -310,7 +323,7 @@ TRAINERS = {"dpo": ["dpo.py", "TRL", "dpo.py --share_prefix"], "reward_model": [
 
 
 def trainer(run, name, workload=None, sides=None):
-    """Optimizer steps of a script beside TRL 1.16.0's trainer: seconds, tokens per second, memory."""
+    """Optimizer steps of a script beside TRL 1.16.0's trainer: seconds and memory."""
     from benchmarks.common import NOT_COUNTED, STEP_WORKLOADS, child
 
     module = importlib.import_module(f"benchmarks.{name}_speed")
@@ -320,11 +333,14 @@ def trainer(run, name, workload=None, sides=None):
     for side in sides or TRAINERS[name]:
         try:
             result = child(f"{name}_speed", sys.executable, side, folder, workload=workload,
-                           packages=run.packages("trl_1.16") if side == "TRL" else None)
+                           threads=8 if gpu_here() else 1, packages=run.packages("trl_1.16") if side == "TRL" else None)
             run.record(script=f"{name}.py", side=side, workload=label, step_seconds=result["step"],
-                       memory_gib=result["memory"] / 1024, first_loss=result["losses"][0])
+                       peak_gib=(result["loaded"] + result["memory"]) / 1024, first_loss=result["losses"][0])
         except SystemExit as error:
             run.record(script=f"{name}.py", side=side, workload=label, error=str(error)[-600:])
+        finally:
+            shutil.rmtree(folder / "ours", ignore_errors=True)
+    shutil.rmtree(folder)
 
 
 def dense(run):
@@ -366,19 +382,19 @@ def step(name, seconds, function, *args, beside=None):
 
 STEPS = [
     step("plan", 500, plan, beside="all along"),  # no GPU: it runs beside everything
-    step("facts", 60, facts),
-    step("right/tests", 150, tests, beside="right"),
-    step("right/bf16", 150, short, "bf16", beside="right"),
-    step("right/fp32", 150, short, "fp32", beside="right"),
+    step("facts", 120, facts),
+    step("right/tests", 120, tests, beside="right"),
+    step("right/bf16", 120, short, "bf16", beside="right"),
+    step("right/fp32", 120, short, "fp32", beside="right"),
     step("right/sampled", 100, sampled, beside="right"),
-    step("right/resume", 150, resume, beside="right"),
     step("right/launcher", 100, launcher, beside="right"),
-    *(step(f"right/{script}_{dtype}", 180, default_run, script, dtype, beside="right")
+    step("right/resume", 120, resume, beside="right"),
+    step("ppo/512-53", 200, ppo, "512-53"),
+    step("decode/64", 100, decode, 64),
+    step("trainers/dpo", 130, trainer, "dpo"),
+    *(step(f"right/{script}_{dtype}", 150, default_run, script, dtype, beside="defaults")
       for dtype in ("bf16", "fp32") for script in DEFAULT_RUNS),
-    step("ppo/512-53", 150, ppo, "512-53"),
-    step("ppo/64-512", 180, ppo, "64-512"),
-    step("decode/64", 90, decode, 64),
-    step("trainers/dpo", 100, trainer, "dpo"),
+    step("ppo/64-512", 200, ppo, "64-512"),
     step("trainers/reward_model", 100, trainer, "reward_model"),
     step("trainers/sft", 100, trainer, "sft"),
     step("trainers/dense_mask", 80, dense),
@@ -430,7 +446,12 @@ def prepare(work):
     """Install the collected wheels that this Python lacks. Returns the environment for the steps."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    if importlib.util.find_spec("deepspeed") is None and list(WHEELS.glob("*.whl")):
+    # cuDNN's attention makes a plan for every new shape, which decoding and batches cut to their longest row always are
+    environment.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    if importlib.util.find_spec("deepspeed") is None:
+        if not list(WHEELS.glob("*.whl")):
+            raise SystemExit("error: deepspeed is not installed, and benchmarks/wheels has no wheels: run "
+                             "bash benchmarks/gpu_wheels.sh on a machine with network and bring that folder along")
         install(WHEELS.glob("*.whl"), work / "packages")
         environment["PYTHONPATH"] = os.pathsep.join([str(work / "packages"), environment.get("PYTHONPATH", "")])
     for name in ("trl_1.12", "trl_1.16"):
@@ -467,7 +488,7 @@ def main(args):
     def left():
         return args.seconds - (time.monotonic() - begun)
 
-    with tempfile.TemporaryDirectory() as work, open(args.out / "log.txt", "a") as log:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work, open(args.out / "log.txt", "a") as log:
         work = Path(work)
         environment = prepare(work)
         chosen = [step for step in STEPS if any(step.name.startswith(name) for name in args.only)]
@@ -497,9 +518,9 @@ def main(args):
                     side_by_side.pop().join()
         for thread in background:
             thread.join()
-    text = tables(read(args.out / "results.jsonl"))
-    (args.out / "tables.md").write_text(text)
-    print(text)
+        text = tables(read(args.out / "results.jsonl"))
+        (args.out / "tables.md").write_text(text)
+        print(text)
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------
@@ -563,7 +584,7 @@ def tables(results, reference=()):
         names = {"eval/score": "score", "eval/gold": "gold", "eval/kl": "KL",
                  "eval/preferences_persuasion/rewards/accuracies": "accuracy"}
         text += "The bare command of each script, seed 1, held-out figures at the end:\n\n" + table(
-            ["", "on", "dtype", *names.values(), "seconds"],
+            ["", "on", "dtype", *names.values(), "seconds, others beside it"],
             [[f"{row['script']}.py", where, row["dtype"], *(row.get("after", {}).get(name) for name in names),
               row.get("seconds", row.get("error"))] for row, where in sorted(
                  defaults, key=lambda item: (item[0]["script"], item[0]["dtype"], item[1]))])
@@ -575,28 +596,34 @@ def tables(results, reference=()):
         rows = []
         for row in updates:
             if "error" in row:
-                rows.append([row["workload"], row["side"], "failed", *[None] * 8])
+                rows.append([row["workload"], row["side"], "failed", *[None] * 7])
                 continue
             tokens = row["batch"] * row["response_tokens"] / row["rollout"] if "response_tokens" in row else None
             share = row["flops"] / row["training"] / 1e12 / ceiling if "flops" in row and ceiling else None
             plan_of_ours = planned.get(row["workload"]) if row["side"] == "ppo.py" else None
             rows.append([row["workload"], row["side"], row["rollout"], row["scoring"], row["training"], row["update"],
-                         tokens, share, row["memory_gib"], row["peak_gib"], plan_of_ours])
-        text += "One update of 64 episodes and 4 epochs, in bf16, prompt tokens - response tokens:\n\n" + table(
+                         tokens, share, row["peak_gib"], plan_of_ours])
+        text += ("One update of 64 episodes and 4 epochs, in bf16, prompt tokens - response tokens (TRL: fp32 weights, trained "
+                 "under autocast, sampled in fp32):\n\n") + table(
             ["workload", "", "rollout, s", "scoring, s", "training, s", "update, s", "sampled tokens/s",
-             "training's share of the bf16 ceiling", "memory above loading, GiB", "peak of all, GiB", "planned"], rows)
-    if of("decode"):
+             "training's share of the bf16 ceiling", "peak after loading, GiB", "planned"], rows)
+    decoded = {}  # {rows: all that was recorded of them}
+    for row in of("decode"):
+        decoded.setdefault(row["rows"], {}).update(row)
+    if decoded:
         update = next((row["update"] for row in updates if row.get("side") == "ppo.py" and "update" in row
                        and row["workload"] == "512-53"), None)
         text += "53 tokens for each prompt of 256 to 512, seconds:\n\n" + table(
-            ["rows", "ppo.py", "of it prefill", "generate", "static cache, compiled", "its first call",
-             "floor of memory traffic", "share of an update that compiling would save"],
-            [[row["rows"], *(row[key] for key in ("ours", "prefill", "generate", "static", "static_first", "floor")),
-              (row["ours"] - row["static"]) / update if update and row["rows"] == 64 else None] for row in of("decode")])
+            ["rows", "ppo.py", "of it prefill", "of it decoding", "decoding's floor by memory traffic", "generate",
+             "static cache, compiled", "its first call", "share of an update that compiling would save"],
+            [[rows, row["ours"], row["prefill"], row["ours"] - row["prefill"], row["floor"], row["generate"],
+              row.get("static"), row.get("static_first"),
+              (row["ours"] - row["static"]) / update if update and rows == 64 and "static" in row else None]
+             for rows, row in decoded.items()])
     if of("trainers"):
         text += "Seconds of an optimizer step at 1B, beside TRL 1.16.0:\n\n" + table(
-            ["script", "side", "workload", "seconds", "memory above loading, GiB", "first loss"],
-            [[row["script"], row["side"], row["workload"], figure(row, "step_seconds"), row.get("memory_gib"),
+            ["script", "side", "workload", "seconds", "peak after loading, GiB", "first loss"],
+            [[row["script"], row["side"], row["workload"], figure(row, "step_seconds"), row.get("peak_gib"),
               row.get("first_loss")] for row in of("trainers")])
     ended = [row for row in results if "ended" in row and row["ended"] != "complete"]
     if ended:

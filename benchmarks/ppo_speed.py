@@ -153,7 +153,7 @@ def run_trl(folder, workload, updates):
     data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
     data = data.map(lambda row: {"input_ids": tokenizer(row["prompt"]).input_ids}, remove_columns=["prompt"])
     gpu = torch.cuda.is_available()
-    trained, frozen = torch.float32, torch.bfloat16 if gpu else torch.float32  # trained in bf16 by autocast
+    trained, frozen = torch.float32, torch.bfloat16 if gpu else torch.float32  # trained under autocast, sampled in fp32
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype) for dtype in (trained, frozen))
     critic, reward_model = (
@@ -174,7 +174,7 @@ def run_trl(folder, workload, updates):
     return parts(np.array(stamps).reshape(updates, 4)) | {"memory": memory.peak(), "loaded": memory.level}
 
 
-def run_rollouts(folder, workload, repeats):
+def run_rollouts(folder, workload, repeats, names=("ours", "prefill", "generate", "static")):
     """ppo.py's rollout and transformers' generate in turn, on the same prompts: seconds of each.
 
     static: generate with a static cache, which transformers compiles on a GPU; its first call is told apart. prefill:
@@ -210,6 +210,7 @@ def run_rollouts(folder, workload, repeats):
 
     ways = {"ours": lambda repeat: ours(repeat, length), "prefill": lambda repeat: ours(repeat, 1),
             "generate": lambda repeat: generate(), "static": lambda repeat: generate(cache_implementation="static")}
+    ways = {name: ways[name] for name in names}
     seconds, all_drawn = {name: [] for name in ways}, []
     read, order = 0, sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
     for repeat in range(repeats + 1):
@@ -228,8 +229,12 @@ def run_rollouts(folder, workload, repeats):
         sizes = [(len(prompts[i][0]), lengths[i]) for i in rows]
         for t in range(1, max(response for _, response in sizes)):
             read += weights + token * sum(prompt + t for prompt, response in sizes if response > t)
-    return {name: values[1:] for name, values in seconds.items()} | {
-        "static_first": seconds["static"][0], "floor": read / len(all_drawn) / memory_bandwidth(device)}
+    found = {name: values[1:] for name, values in seconds.items()}
+    if "static" in names:
+        found["static_first"] = seconds["static"][0]
+    if "ours" in names:
+        found["floor"] = read / len(all_drawn) / memory_bandwidth(device)
+    return found
 
 
 def memory_bandwidth(device):

@@ -210,7 +210,7 @@ def test_tables_of_made_up_results():
         {"step": "ppo/512-53", "ended": "stopped after 150 seconds"}])
     assert "| ZeRO 2 | bf16 | 0.02 | 1 | 1.25 | 1 | 1 | 1 | 0.25 |" in text
     assert "| ZeRO 3 | bf16 | failed | failed | failed | failed | failed | failed | RuntimeError: no |" in text
-    assert "| 512-53 | ppo.py | 2 | 1 | 4 | 7 | 1.6e+03 | 0.5 | 20 | 48 | 50 |" in text  # 1.6e15 / 4 s / 800e12
+    assert "| 512-53 | ppo.py | 2 | 1 | 4 | 7 | 1.6e+03 | 0.5 | 48 | 50 |" in text  # 1.6e15 / 4 s / 800e12
     assert "| 512-53 | TRL | failed |" in text and "Not complete: ppo/512-53 (stopped after 150 seconds)." in text
 
 
