@@ -549,7 +549,7 @@ def test_detail_28_values_do_not_depend_on_the_token_they_precede(spied):
             close(u.values[i, t], value_of(query + response[:t]), 1e-5)
             if 0 < t:
                 assert abs(u.values[i, t] - value_of(query + response[: t - 1] + [response[t - 1] ^ 3])) > 1e-4
-        assert (u.values[i, length + 1 :] == 0).all()  # [detail 31]
+        assert (u.values[i, length + 1 :] == 0).all()  # [detail 31] after e + 1 there is no value
 
 
 @torch.no_grad()
