@@ -117,7 +117,7 @@ def short(run, dtype):
 
 @contextlib.contextmanager
 def noted_first_ratios(ppo, drifts):
-    """Within, the largest |log ratio| before any training of each update goes into drifts."""
+    """Within, the largest |log ratio| before the first step of each update goes into drifts."""
     original = ppo.check_first_ratio
 
     def noted(log_ratio, *args):
