@@ -44,17 +44,18 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import call_judge, chunks, describe, load_function, load_held_out, load_prompts, load_rows
-from utils.data import over_ranks, pad, permutation, rows_of_this_rank, show_example
+from utils.data import over_ranks, pad, permutation, rows_of_this_rank
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, from_rank0
 from utils.launch import gather_rows, init_distributed, note_small_lr, optimizer_step, print0
 from utils.launch import print_memory_plan, rank, rollout_weights, world_size
-from utils.models import check_length, check_vocabulary, count_parameters, eos_token_ids, fingerprint
-from utils.models import load_causal_lm, load_tokenizer, save_model
+from utils.models import check_length, check_vocabulary, count_parameters, fingerprint, load_causal_lm
+from utils.models import load_tokenizer, save_model
 from utils.packing import check_mask, shared_logprobs
 from utils.run import Tracker, cached_array, choose_folder, interrupted, leave_interrupted, load_checkpoint
 from utils.run import make_folder, model_card, open_folder, save_checkpoint, stop_if_not_finite
 from utils.sampling import sample_responses
 from utils.statistics import accuracy, clustered_interval
+from utils.tokens import encode_texts, show_example
 
 
 @dataclass
@@ -168,29 +169,18 @@ class Pair(NamedTuple):
     row: dict
 
 
-def encode_response(response, finished, tokenizer, eos_ids):
-    """Token ids of a response after its prompt. [W3] It ends with one terminator, with none if it was cut.
+def load_preferences(path, flag, tokenizer, args):
+    """List of Pairs, without those that cannot be used or are too long, which are counted.
 
-    The terminator is the one that the text brings (a template's end of turn), else the tokenizer's EOS. Of
-    several at the end of the text the first is kept.
+    [W3] A response ends with one terminator [E29], and with none where it was cut.
     """
-    ids = tokenizer(response, add_special_tokens=False).input_ids  # [E1] never merged with the prompt
-    terminator = tokenizer.eos_token_id
-    while ids and ids[-1] in eos_ids:
-        terminator = ids.pop()
-    return ids + [terminator] if finished else ids
-
-
-def load_preferences(path, flag, tokenizer, eos_ids, args):
-    """List of Pairs, without those that cannot be used or are too long, which are counted."""
     rows = load_rows(path, flag, [("prompt", "chosen", "rejected")], tokenizer, args.max_prompt_length)
     different = [row for row in rows if row["chosen"] != row["rejected"]]
     pairs, dropped = [], {"chosen equal to rejected": len(rows) - len(different), "empty": 0,
                           f"over {args.max_length} tokens": 0}
     for row in different:
-        prompt = tokenizer(row["prompt"]).input_ids  # one list of ids for both responses
-        chosen, rejected = (
-            encode_response(row[side], row.get(f"{side}_finished") is not False, tokenizer, eos_ids)
+        (prompt, chosen), (_, rejected) = (  # [E1] tokenised apart, joined as ids
+            encode_texts(row["prompt"], row[side], tokenizer, row.get(f"{side}_finished") is not False)
             for side in ("chosen", "rejected"))
         if not (prompt and chosen and rejected):
             dropped["empty"] += 1
@@ -361,7 +351,7 @@ def evaluate_samples(model, prompts, gold_function, tokenizer, args):
     rows = sample_responses(model, mine, tokenizer, args, 4 * args.micro_batch_size, args.seed + rank())
     if gold_function:
         texts = [row["query"] for row in rows], [row["response"] for row in rows]
-        golds = call_judge(gold_function, "--gold_function", *texts)
+        golds = call_judge(gold_function, "--gold_function", *texts, [prompt.row for prompt in mine])
         rows = [{**row, "gold": gold} for row, gold in zip(rows, golds)]
     rows = gather_rows(rows)
     names = [name for name in ("gold", "length", "ended") if name in rows[0]]
@@ -384,12 +374,11 @@ def main(args: Args):
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
     check_length(model, max(args.max_length, args.max_prompt_length + args.response_length),
                  "the larger of --max_length and --max_prompt_length + --response_length")
-    eos_ids = eos_token_ids(model, tokenizer)
-    train = load_preferences(args.train_data, "--train_data", tokenizer, eos_ids, args)
+    train = load_preferences(args.train_data, "--train_data", tokenizer, args)
     held_out = load_held_out(args.eval_data, "--eval_data", lambda path: load_preferences(
-        path, "--eval_data", tokenizer, eos_ids, args))  # {name: pairs}
+        path, "--eval_data", tokenizer, args))  # {name: pairs}
     prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
-    gold_function = load_function(args.gold_function, "--gold_function", prompts[0][1])
+    gold_function = load_function(args.gold_function, "--gold_function", prompts[0])
     ref_path, ref_flag = (args.ref_model, "--ref_model") if args.ref_model else (args.model, "--model")
     check_vocabulary(ref_path, ref_flag, tokenizer, args.model)
     # [W1] the reference is never trained and never replaced. [W5] It has the precision of the policy's forward
@@ -411,7 +400,8 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(  # [W11] eps 1e-8, no decay, clipping at 1: defaults of transformers' Trainer
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
     engine = create_engine(model, optimizer, args)
-    open_folder(folder, args, "dpo")
+    open_folder(folder, args, "dpo", {
+        "--train_data": train, "--eval_data": held_out, "--eval_prompts": prompts})
     reference.to(device)  # [W5] after create_engine: at ZeRO 3 that replaces torch's linear, for both models
     held_out_ref = {name: reference_logprobs(reference, pairs, name, args, device)
                     for name, pairs in held_out.items()}

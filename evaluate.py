@@ -45,14 +45,15 @@ import transformers
 import tyro
 from rouge_score.rouge_scorer import RougeScorer
 
-from utils.data import FORMATS, as_answer, call_judge, load_prompt_rows, over_ranks, pad, read_responses
+from utils.data import FORMATS, as_answer, call_judge, load_prompts, over_ranks, pad, read_responses
 from utils.data import rows_of_this_rank, short_names
 from utils.judge import ask_within_budget, fill, open_judges, parse_letter
 from utils.launch import check_flags, fail, finish, from_rank0, gather_rows, init_distributed, print0, rank, world_size
-from utils.models import check_length, decode_responses, eos_token_ids, fingerprint, load_causal_lm, load_tokenizers
+from utils.models import check_length, fingerprint, load_causal_lm, load_tokenizers
 from utils.report import write_report
 from utils.run import cached_array, choose_folder, make_folder, open_folder
 from utils.statistics import accuracy, calibration
+from utils.tokens import decode_responses, encode_texts, terminator_ids
 
 REFERENCES = "references"
 
@@ -137,7 +138,7 @@ def generate_responses(model, sequences, tokenizer, args, device):
     tokens: ids up to the first EOS, which is the last of them, and counts in the length. The noise depends on the
     seed, the batches and the ranks.
     """
-    eos_ids = eos_token_ids(model, tokenizer)
+    eos_ids = terminator_ids(tokenizer)
     sampling = {"do_sample": False} if args.greedy else {
         "do_sample": True, "temperature": args.temperature, "top_k": 0, "top_p": 1.0}
 
@@ -183,16 +184,20 @@ def sequence_logprobs(model, sequences, answers, args, device):
 
 @torch.no_grad()
 def reward_scores(model, tokenizer, flag, prompts, responses, args, device):
-    """Scores of texts by a reward model with its own tokenizer -> list of N. Each counts as ended: EOS is added, and
-    the score read there [detail 12], less the constant of the config [detail 15]."""
+    """Scores of texts by a reward model with its own tokenizer -> list of N.
+
+    Each counts as ended: it gets the terminator at which the model was trained [E29], and the score is read there
+    [detail 12], less the constant of the config [detail 15].
+    """
     def score(some):
         ids, mask = pad(some, tokenizer.pad_token_id, "right", device)
         logits = model(input_ids=ids, attention_mask=mask.long()).logits  # (B, 1), at the last token that is not PAD
         return (logits[:, 0].float() - getattr(model.config, "reward_mean", 0.0)).tolist()
 
     model.to(device)
-    sequences = [tokenizer(prompt).input_ids + tokenizer(response, add_special_tokens=False).input_ids +
-                 [tokenizer.eos_token_id] for prompt, response in zip(prompts, responses)]  # [E1] joined as ids
+    terminator = model.config.terminator_token_id
+    sequences = [sum(encode_texts(prompt, response, tokenizer), [])[:-1] + [terminator]  # [E1] joined as ids
+                 for prompt, response in zip(prompts, responses)]
     check_length(model, max(map(len, sequences)), f"{flag}: the longest prompt and response")
     scores = over_ranks(score, sequences, len, args.micro_batch_size, "scoring")
     model.to("cpu")
@@ -335,22 +340,21 @@ def main(args: Args):
     checkpoints = {name: path for name, path in paths.items() if Path(path).suffix not in FORMATS}
     tokenizers = load_tokenizers(checkpoints.values(), args.ref_model)  # {path: tokenizer}, one vocabulary
     tokenizer = next(iter(tokenizers.values()))
-    rows = load_prompt_rows(args.prompts, "--prompts", [("prompt", "completion"), ("prompt",)], tokenizer,
-                            args.max_prompt_length)[: args.num_prompts]
-    columns = sorted(set().union(*rows) - {"ids"})
+    found = load_prompts(args.prompts, "--prompts", tokenizer, args, [("prompt", "completion"), ("prompt",)])
+    sequences, prompts, rows = map(list, zip(*found[: args.num_prompts]))
+    columns = sorted(set().union(*rows))
     for column in sorted(set(args.group_by) - set(columns)):
         fail(f"--group_by {column}: --prompts {args.prompts} has the columns {', '.join(columns)}")
-    prompts, sequences = [row["prompt"] for row in rows], [row["ids"] for row in rows]
     answers = {name: None if name in checkpoints else read_responses(path, prompts, tokenizer)
                for name, path in paths.items()}
     if "completion" in rows[0]:
-        answers[REFERENCES] = [as_answer(row["completion"], tokenizer) for row in rows]
+        answers[REFERENCES] = [as_answer(row["prompt"], row["completion"], tokenizer) for row in rows]
     pairs = [(name, REFERENCES) for name in paths if REFERENCES in answers]
     pairs += list(combinations(paths, 2)) if args.pairs == "all" else []
     if not pairs:
         print0(f"{'note':<22}nothing to compare: {args.prompts} has no column completion, and there is one model, or "
                "--pairs references")
-    judges = open_judges(args, prompts)
+    judges = open_judges(args, found)
     longest, flags = args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length"
     for path in checkpoints.values():  # each one is tried now, before another one samples for hours
         check_length(load_causal_lm(path, "--models", tokenizer, args.bf16), longest, flags)
@@ -371,7 +375,7 @@ def main(args: Args):
             logprobs = sequence_logprobs(model, sequences, found, args, device)
             return np.array(json.dumps([{**answer, "logprob": value} for answer, value in zip(found, logprobs)]))
 
-        law = [eos_token_ids(model, tokenizers[path]), args.response_length, args.greedy, args.temperature, args.seed]
+        law = [terminator_ids(tokenizers[path]), args.response_length, args.greedy, args.temperature, args.seed]
         rounding = [args.micro_batch_size, world_size(), str(device), torch.__version__, transformers.__version__]
         key = from_rank0(lambda: fingerprint(model, sequences, law, rounding))
         file = Path(args.cache) / f"samples_{key[:16]}.npz"
@@ -390,9 +394,9 @@ def main(args: Args):
         if kind == "reward model":
             scores[judge][name] = reward_scores(*scorer, f"--judges {judge}", prompts, responses, args, device)
         else:
-            mine = [pair for pair in rows_of_this_rank(list(zip(prompts, responses))) if pair]
-            scores[judge][name] = gather_rows(call_judge(
-                scorer, f"--judges {judge}", [prompt for prompt, _ in mine], [response for _, response in mine]))
+            mine = [item for item in rows_of_this_rank(list(zip(prompts, responses, rows))) if item]
+            columns = zip(*mine) if mine else ([], [], [])
+            scores[judge][name] = gather_rows(call_judge(scorer, f"--judges {judge}", *columns))
     finish()
     if rank() != 0:
         return

@@ -45,10 +45,11 @@ from utils.data import call_judge, chunks, deal_by_length, load_function, load_p
 from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, finish
 from utils.launch import gather_rows, init_distributed, on_device, optimizer_step, print0, rank, rollout_weights
 from utils.launch import world_size
-from utils.models import check_length, decode_responses, eos_token_ids, forbidden_tokens, load_causal_lm
-from utils.models import load_classifier, load_tokenizer, other_tokenizer, print_plan, retokenize, save_model
+from utils.models import check_length, forbidden_tokens, load_causal_lm, load_classifier, load_tokenizer
+from utils.models import other_tokenizer, print_plan, save_model
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
+from utils.tokens import decode_responses, retokenize, set_terminator, terminator_ids
 
 
 @dataclass
@@ -196,6 +197,7 @@ class ScalarModel(torch.nn.Module):
         super().__init__()
         self.classifier = classifier
         self.reward_mean = getattr(classifier.config, "reward_mean", 0.0)  # not trained
+        self.terminator = getattr(classifier.config, "terminator_token_id", None)  # [E29] where it is read
 
     def forward(self, ids, mask):
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 14] [detail 45] on any padding side
@@ -205,18 +207,21 @@ class ScalarModel(torch.nn.Module):
         return self.classifier.score(hidden).squeeze(-1).float() - self.reward_mean
 
 
-def load_models(args, tokenizer):
+def load_models(args, tokenizer, prompt):
     """policy, ref_policy, critic, reward_model and its tokenizer. [detail 7] Dropout is off in all of them.
 
     The reward model is None with --reward_function. Its tokenizer is None where it reads the policy's tokens.
+    prompt: the text of one, which decides about the terminator of a reward model from elsewhere [E29].
     """
     policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed converts it for --bf16
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
     reward_model = retokenizer = None
     if not args.reward_function:
-        retokenizer = other_tokenizer(args, tokenizer)
-        reward_model = ScalarModel(load_classifier(
-            args.reward_model, "--reward_model", retokenizer or tokenizer, args.bf16)).eval()
+        own_tokenizer = load_tokenizer(args.reward_model, "--reward_model")
+        retokenizer = other_tokenizer(args, tokenizer, own_tokenizer)
+        classifier = load_classifier(args.reward_model, "--reward_model", own_tokenizer, args.bf16)
+        set_terminator(classifier, args.reward_model, "--reward_model", own_tokenizer, prompt)
+        reward_model = ScalarModel(classifier).eval()
     if reward_model and not retokenizer:
         # [detail 22] the critic is a model of its own that starts as the reward model. So at first the value of
         # the state after EOS is the score, and advantages start without a shock
@@ -317,13 +322,14 @@ class Episodes:
     """B prompts and responses of this rank, and all that follows from their ids.
 
     queries: ids of the prompts; responses (B, Tr): PAD after EOS; query_texts, response_texts
+    prompt_rows: the rows of the data set that the prompts come from, for judges that want their columns
     lengths (B,): tokens of each response, EOS counted; ended (B,) bool: whether EOS came
     mask, value_mask (B, Tr) bool: tokens that count, and states whose value counts
     sequences: ids of query and response in one list, without PAD
     """
 
     def __init__(self, prompts, responses, tokenizer, eos_ids):
-        self.queries, self.query_texts = zip(*prompts)
+        self.queries, self.query_texts, self.prompt_rows = zip(*prompts)
         self.responses, self.lengths, self.ended = truncate_at_eos(responses, eos_ids, tokenizer.pad_token_id)
         self.mask, self.value_mask = response_masks(self.lengths, responses.shape[1])
         self.response_texts = decode_responses(tokenizer, self.queries, self.responses)
@@ -438,11 +444,15 @@ def score_responses(reward_model, reward_function, episodes, args, retokenizer=N
     """
     device, texts = episodes.ended.device, (episodes.query_texts, episodes.response_texts)
     if reward_function:
-        scores = torch.tensor(call_judge(reward_function, "--reward_function", *texts), device=device)
+        scores = call_judge(reward_function, "--reward_function", *texts, episodes.prompt_rows)
+        scores = torch.tensor(scores, device=device)
     else:
         sequences = episodes.sequences
         if retokenizer:  # [E22] it reads decoded texts, with its own EOS where EOS came
             sequences = retokenize(texts, episodes.ended.tolist(), retokenizer, reward_model.classifier)
+        if reward_model.terminator is not None:  # [E29] it reads the end at the token at which it was trained
+            sequences = [ids[:-1] + [reward_model.terminator] if ended else ids
+                         for ids, ended in zip(sequences, episodes.ended.tolist())]
         scores = torch.zeros(len(sequences), device=device)
         by_length = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         for rows in chunks(by_length, args.micro_batch_size):
@@ -608,9 +618,9 @@ def main(args: Args):
     if len(eval_prompts) < world_size():
         fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
              f"{world_size()} ranks need at least one each")
-    gold_function = load_function(args.gold_function, "--gold_function", prompts[0][1])
-    reward_function = load_function(args.reward_function, "--reward_function", prompts[0][1])
-    policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer)
+    gold_function = load_function(args.gold_function, "--gold_function", prompts[0])
+    reward_function = load_function(args.reward_function, "--reward_function", prompts[0])
+    policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer, prompts[0].text)
     decoding_copy = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
     if args.zero_stage == 3:
         decoding_copy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).to(device)
@@ -623,12 +633,12 @@ def main(args: Args):
             model.to(device).parameters(), betas=(0.9, 0.999), eps=args.adam_eps,
             weight_decay=args.weight_decay, fused=True)  # fused: one pass over the weights, faster
         engines[name] = create_engine(model, optimizer, args)
-    eos_ids = torch.tensor(eos_token_ids(policy, tokenizer), device=device)
+    eos_ids = torch.tensor(terminator_ids(tokenizer), device=device)
     vocabulary_size = ref_policy.get_output_embeddings().weight.shape[0]
     forbidden = forbidden_tokens(tokenizer, vocabulary_size).to(device)  # [E12] PAD, and ids without a token
 
     # 2. output folder, resume
-    open_folder(folder, args, script)
+    open_folder(folder, args, script, {"--prompts": prompts, "--eval_prompts": eval_prompts})
     resumed = load_checkpoint(folder, engines) if args.resume else None
     progress = resumed or {"step": 0, "best": float("-inf")}
     tracker = Tracker(folder, args, progress["step"] + 1 if resumed else 0)
@@ -655,7 +665,7 @@ def main(args: Args):
             "kl": kl.sum(1).tolist(), "length": episodes.lengths.tolist(), "ended": episodes.ended.tolist()}
         if gold_function:
             texts = episodes.query_texts, episodes.response_texts
-            columns["gold"] = call_judge(gold_function, "--gold_function", *texts)
+            columns["gold"] = call_judge(gold_function, "--gold_function", *texts, episodes.prompt_rows)
         samples = gather_rows(dict(zip(columns, row)) for row in zip(*columns.values()))
         starts = gather_rows(tuple(row) for row in episodes.responses[:, :4].tolist())
         metrics = {f"eval/{name}": float(np.mean([row[name] for row in samples]))
@@ -769,7 +779,7 @@ def main(args: Args):
             "val/length": episodes.lengths, "val/ended": episodes.ended}
         if gold_function:
             texts = episodes.query_texts, episodes.response_texts
-            golds = call_judge(gold_function, "--gold_function", *texts)
+            golds = call_judge(gold_function, "--gold_function", *texts, episodes.prompt_rows)
             of_episodes["objective/gold"] = torch.tensor(golds, device=device)
         metrics |= episode_means(of_episodes, args.batch_size)
         metrics["policy/entropy_avg"] = masked_mean(entropies, mask)

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 import tyro
 
 from utils.data import chunks, describe, load_held_out, load_rows, over_ranks, pad, permutation
-from utils.data import rows_of_this_rank, show_example
+from utils.data import rows_of_this_rank
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
 from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
@@ -46,6 +46,7 @@ from utils.packing import check_mask, packed_inputs, share_prefix, shared_length
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 from utils.statistics import accuracy, calibration, clustered_interval
+from utils.tokens import encode_texts, show_example, the_terminator
 
 
 @dataclass
@@ -127,9 +128,8 @@ class Args:
 
 
 def encode(prompt, completion, tokenizer):
-    """Token ids of prompt and completion, EOS last: the score is read there [detail 12]."""
-    completion = tokenizer(completion, add_special_tokens=False).input_ids  # [E1] joined as ids
-    return tokenizer(prompt).input_ids + completion + [tokenizer.eos_token_id]
+    """Token ids of prompt and completion, the terminator last: the score is read there [detail 12] [E29]."""
+    return sum(encode_texts(prompt, completion, tokenizer), [])  # [E1] tokenised apart, joined as ids
 
 
 def load_pairs(path, flag, tokenizer, args):
@@ -177,6 +177,7 @@ class ScalarModel(torch.nn.Module):
         super().__init__()
         self.classifier = classifier
         self.reward_mean = getattr(classifier.config, "reward_mean", 0.0)  # not trained
+        self.terminator = getattr(classifier.config, "terminator_token_id", None)  # [E29] where it is read
 
     def forward(self, ids, mask):
         position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)  # [detail 14] [detail 45] on any padding side
@@ -330,6 +331,10 @@ def main(args: Args):
     if args.share_prefix:  # [E27] completions are blind to one another
         check_mask(model, "--share_prefix", args.max_length)
     model.config.reward_mean = 0.0
+    texts = {"--train_data": train, "--eval_data": sum(held_out.values(), [])}
+    texts = {flag: [ids for pair in pairs for ids in pair[:2]] for flag, pairs in texts.items()}
+    model.config.terminator_token_id = the_terminator(  # [E29] kept for whoever reads its scores
+        {**texts, "--demonstrations": demonstrations}, tokenizer)
     init_head(model, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -339,7 +344,8 @@ def main(args: Args):
     engine = create_engine(scalar_model, optimizer, args)
 
     # 2. output folder, schedule, resume
-    open_folder(folder, args, "reward_model")
+    open_folder(folder, args, "reward_model", {
+        "--train_data": train, "--eval_data": held_out, "--demonstrations": demonstrations})
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)

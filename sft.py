@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank, show_example
+from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights
 from utils.launch import world_size
@@ -42,6 +42,7 @@ from utils.packing import check_mask, pack, packed_inputs
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 from utils.sampling import sample_responses
+from utils.tokens import encode_prompt, encode_texts, show_example
 
 
 @dataclass
@@ -126,13 +127,16 @@ class Args:
 
 
 def encode_demonstration(row, tokenizer):
-    """Token ids of a demonstration, EOS last, and the number of prompt tokens in it (0 for `text` rows)."""
-    if "completion" in row:
-        prompt = tokenizer(row["prompt"]).input_ids
-        completion = tokenizer(row["completion"], add_special_tokens=False).input_ids  # [E1] joined as ids
+    """Token ids of a demonstration, and the number of prompt tokens in it (0 for `text` rows).
+
+    [detail 3] Every row ends with one terminator: EOS, or the chat template's end of turn [E29].
+    """
+    if "completion" in row:  # [E1] tokenised apart, joined as ids
+        prompt, completion = encode_texts(row["prompt"], row["completion"], tokenizer)
     else:
-        prompt, completion = [], tokenizer(row["text"]).input_ids
-    return prompt + completion + [tokenizer.eos_token_id], len(prompt)  # [detail 3] every row ends with EOS
+        bos, text = encode_texts("", row["text"], tokenizer)
+        prompt, completion = [], bos + text
+    return prompt + completion, len(prompt)
 
 
 def load_demonstrations(path, flag, tokenizer, args):
@@ -227,7 +231,7 @@ def sample(model, items, tokenizer, args):
     """Continuations of prompts, or of the first two words of `text` rows: {query, response, reference}."""
     rows = [row for _, _, row in items]
     texts = [row["prompt"] if "completion" in row else " ".join(row["text"].split()[:2]) for row in rows]
-    prompts = [(tokenizer(text).input_ids or [tokenizer.eos_token_id], text) for text in texts]
+    prompts = [(encode_prompt(text, tokenizer) or [tokenizer.eos_token_id], text, {}) for text in texts]
     samples = sample_responses(model, prompts, tokenizer, args, args.micro_batch_size, args.seed)
     return [{"query": text, "response": sampled["response"], "reference": row.get("completion", "")}
             for row, text, sampled in zip(rows, texts, samples)]
@@ -274,7 +278,7 @@ def main(args: Args):
     engine = create_engine(model, optimizer, args)
 
     # 2. output folder, schedule, resume
-    open_folder(folder, args, "sft")
+    open_folder(folder, args, "sft", {"--train_data": train, "--eval_data": held_out})
     packs = pack(train, args.pack_length)  # without the flag, each row alone
     steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch

@@ -142,7 +142,8 @@ def sampled(run):
     import torch
 
     import ppo
-    from utils.models import eos_token_ids, load_causal_lm, load_tokenizer
+    from utils.models import load_causal_lm, load_tokenizer
+    from utils.tokens import terminator_ids
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, args = load_tokenizer("assets/sft", "--sft_model"), ppo.Args()
@@ -151,7 +152,7 @@ def sampled(run):
     args.rollout_batch_size = len(prompts)
     for dtype in ("fp32", "bf16"):
         model = load_causal_lm("assets/sft", "--sft_model", tokenizer, dtype == "bf16").to(device).eval()
-        eos_ids = torch.tensor(eos_token_ids(model, tokenizer), device=device)
+        eos_ids = torch.tensor(terminator_ids(tokenizer), device=device)
         forbidden = ppo.forbidden_tokens(tokenizer, model.config.vocab_size).to(device)
         noise, steps, draw = ppo.sampling_noise(1, 1, range(len(prompts)), args.response_length), [], ppo.inverse_cdf
 

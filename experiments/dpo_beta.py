@@ -50,16 +50,16 @@ def kl(folder):
     import torch
 
     import dpo
-    from utils.models import eos_token_ids, load_causal_lm, load_tokenizer
+    from utils.models import load_causal_lm, load_tokenizer
+    from utils.tokens import encode_texts
 
     args, tokenizer = dpo.Args(), load_tokenizer("assets/sft", "--model")
     policy, reference = (load_causal_lm(str(path), "--model", tokenizer).eval() for path in (folder, "assets/sft"))
     rows = [json.loads(line) for line in open(folder / "samples.jsonl")]
     rows = [row for row in rows if row["step"] == rows[-1]["step"]]
-    eos_ids, total = eos_token_ids(policy, tokenizer), 0.0
+    total = 0.0
     for row in rows:
-        prompt = tokenizer(row["query"]).input_ids
-        response = dpo.encode_response(row["response"], row["ended"], tokenizer, eos_ids)
+        prompt, response = encode_texts(row["query"], row["response"], tokenizer, row["ended"])
         ids = torch.tensor([prompt + response])
         with torch.no_grad():
             logprobs = [dpo.token_logprobs(model(ids).logits[:, len(prompt) - 1 : -1].float() / args.temperature,

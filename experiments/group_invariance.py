@@ -153,7 +153,7 @@ def control(name, groups, seed):
     rng, batch = np.random.default_rng((seed, 5)), {}
 
     def episodes(prompts, *others):  # the last ones before the multipliers are those of the update
-        batch["easy"] = torch.tensor([groups[tuple(query)] if groups else 0 for query, _ in prompts])
+        batch["easy"] = torch.tensor([groups[tuple(query)] if groups else 0 for query, *_ in prompts])
         return real["Episodes"](prompts, *others)
 
     def normalize(scores, *others):

@@ -16,8 +16,9 @@ from transformers import MistralConfig, get_constant_schedule_with_warmup, get_c
 import dpo
 from utils import packing
 from utils.data import permutation
-from utils.models import eos_token_ids, load_causal_lm, load_tokenizer
+from utils.models import load_causal_lm, load_tokenizer
 from utils.sampling import sample_responses
+from utils.tokens import encode_texts, terminator_ids
 
 EOS, PAD = 0, 1  # of the tokenizer in assets/base
 END = "<|endoftext|>"
@@ -141,15 +142,21 @@ SHARED = pytest.mark.parametrize("share_prefix", [False, True], ids=["plain", "s
 # ---- Data -------------------------------------------------------------------------------------------------
 
 
+TURN = "[TURN]"
+
+
 @pytest.mark.parametrize("text, terminator", [
-    (" is good", EOS), (f" is good{END}", EOS), (f" is good{END}{END}", EOS), (" is good mat", 792),
-    (f" is good mat{END}", 792), (" is good mat mat", 792), (f" mat{END} is good", EOS), ("", EOS)])
-def test_detail_w3_a_finished_response_has_one_terminator(text, terminator, tokenizer):
+    (" is good", END), (f" is good{END}", END), (f" is good{END}{END}", END), (f" is good{TURN}", TURN),
+    (f" is good{TURN}\n{END}", TURN), (f" is good{TURN}{TURN} ", TURN), (f" {END} is good", END), ("", END)])
+def test_detail_w3_a_finished_response_has_one_terminator(text, terminator):
     """The text's own end, or else EOS, stands once at the end; a cut text has none; inside the text all stays."""
-    assert tokenizer(" mat").input_ids == [792]  # plays the end of a turn here
-    body = {"": [], f" mat{END} is good": [792, EOS, 322, 552]}.get(text, [322, 552])
-    assert dpo.encode_response(text, True, tokenizer, [EOS, 792]) == body + [terminator]
-    assert dpo.encode_response(text, False, tokenizer, [EOS, 792]) == body
+    tokenizer = load_tokenizer(str(ROOT / "assets/base"), "--model")
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN]})
+    tokenizer.generation_eos_ids = [tokenizer.convert_tokens_to_ids(TURN)]
+    body = {"": [], f" {END} is good": [*tokenizer(" ").input_ids, EOS, 322, 552]}.get(text, [322, 552])
+    end = tokenizer.convert_tokens_to_ids(terminator)
+    assert encode_texts("She", text, tokenizer) == (tokenizer("She").input_ids, body + [end])
+    assert encode_texts("She", text, tokenizer, finished=False)[1] == body
 
 
 def test_detail_w3_cut_responses_get_no_terminator(tmp_path, tokenizer):
@@ -158,21 +165,21 @@ def test_detail_w3_cut_responses_get_no_terminator(tmp_path, tokenizer):
                {"chosen_finished": False, "rejected_finished": False, "prompt": "she"}, {"rejected_finished": True},
                {"chosen_finished": None})
     path = write_rows(tmp_path / "pairs.jsonl", [{**PAIRS[0], **changes} for changes in columns])
-    pairs = dpo.load_preferences(path, "--train_data", tokenizer, [EOS], dpo.Args())
+    pairs = dpo.load_preferences(path, "--train_data", tokenizer, dpo.Args())
     ends = [(chosen[-1] == EOS, rejected[-1] == EOS) for _, chosen, rejected, _ in pairs]
     assert ends == [(True, True), (False, True), (True, False), (False, False), (True, True), (True, True)]
 
 
-def test_detail_w3_a_chat_templates_end_of_turn_is_the_terminator(tmp_path, tiny_lm):
+def test_detail_w3_a_chat_templates_end_of_turn_is_the_terminator(tmp_path):
     """Messages end with the template's own special token, once, and the sampler stops there too."""
     tokenizer = load_tokenizer(str(ROOT / "assets/base"), "--model")
     tokenizer.add_special_tokens({"additional_special_tokens": ["[END]"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}[END]\n{% endfor %}"
     turns = [[{"role": "user", "content": "the cat"}, {"role": "assistant", "content": text}] for text in ("is", "was")]
     path = write_rows(tmp_path / "pairs.jsonl", [{"chosen": turns[0], "rejected": turns[1]}])
-    eos_ids, end = eos_token_ids(tiny_lm, tokenizer), tokenizer.convert_tokens_to_ids("[END]")
+    eos_ids, end = terminator_ids(tokenizer), tokenizer.convert_tokens_to_ids("[END]")
     assert eos_ids == [EOS, end]
-    (_, chosen, rejected, _), = dpo.load_preferences(path, "--train_data", tokenizer, eos_ids, dpo.Args())
+    (_, chosen, rejected, _), = dpo.load_preferences(path, "--train_data", tokenizer, dpo.Args())
     for response in (chosen, rejected):
         assert response[-1] == end and not set(response[:-1]) & set(eos_ids)
 
@@ -182,7 +189,7 @@ def test_detail_w3_finished_must_be_true_or_false(value, tmp_path, tokenizer, ca
     """Anything but a boolean is refused in one line with its row and column: "false" would count as true."""
     path = write_rows(tmp_path / "pairs.jsonl", [PAIRS[0], {**PAIRS[1], "rejected_finished": value}])
     with pytest.raises(SystemExit):
-        dpo.load_preferences(path, "--train_data", tokenizer, [EOS], dpo.Args())
+        dpo.load_preferences(path, "--train_data", tokenizer, dpo.Args())
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "row 2" in error and "'rejected_finished'" in error and repr(value) in error
 
@@ -199,7 +206,7 @@ def test_detail_e1_prompt_ids_are_shared_and_never_merged(bos, tmp_path, capsys)
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}
             for prompt in prompts for chosen, rejected in zip(responses, responses[1:] + responses[:1])]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
-    pairs = dpo.load_preferences(path, "--train_data", tokenizer, [EOS], dpo.Args())
+    pairs = dpo.load_preferences(path, "--train_data", tokenizer, dpo.Args())
     assert [row for *_, row in pairs] == rows
     merged = 0
     for prompt, chosen, rejected, row in pairs:
@@ -220,13 +227,13 @@ def test_detail_w4_long_pairs_are_dropped_and_counted(tmp_path, tokenizer, capsy
     prompt, chosen, rejected = (tokenizer(row[name]).input_ids for name in ("prompt", "chosen", "rejected"))
     total = len(prompt + chosen) + 1
     args = dpo.Args(max_prompt_length=len(prompt), max_length=total)
-    pairs = dpo.load_preferences(write_rows(tmp_path / "pairs.jsonl", rows), "--train_data", tokenizer, [EOS], args)
+    pairs = dpo.load_preferences(write_rows(tmp_path / "pairs.jsonl", rows), "--train_data", tokenizer, args)
     assert [pair[:3] for pair in pairs] == [
         (prompt, chosen + [EOS], rejected + [EOS]), (prompt, chosen + [EOS], [EOS])]
     dropped = f"2 rows (dropped: 1 chosen equal to rejected, 2 empty, 3 over {total} tokens)"
     assert dropped in capsys.readouterr().out
     prompts = dpo.load_prompts(write_rows(tmp_path / "prompts.jsonl", rows[3:7]), "--eval_prompts", tokenizer, args)
-    assert prompts == [(prompt, row["prompt"])] * 2
+    assert [found[:2] for found in prompts] == [(prompt, row["prompt"])] * 2
     assert f"2 rows (dropped: 1 over {len(prompt)} tokens, 1 empty)" in capsys.readouterr().out
 
 
@@ -416,16 +423,17 @@ def test_sample_responses_measures_lengths_by_hand(tokenizer):
     """A response is as long as up to its first end, of either kind, which counts; without one it has not ended."""
     seen = {}
     output = torch.tensor([[322, 552, EOS, PAD], [322, 792, PAD, PAD], [322, 322, 322, 322]])
+    tokenizer.generation_eos_ids = [792]
 
     def generate(input_ids, **options):
         seen.update(options, input_ids=input_ids)
         return torch.cat([input_ids, output], dim=1)
 
-    model = SimpleNamespace(generate=generate, device="cpu", generation_config=SimpleNamespace(eos_token_id=[792]))
-    prompts = [([5, 6], "a"), ([7], "b"), ([8, 9, 10], "c")]
+    model = SimpleNamespace(generate=generate, device="cpu")
+    prompts = [([5, 6], "a", {}), ([7], "b", {}), ([8, 9, 10], "c", {})]
     rows = sample_responses(model, prompts, tokenizer, dpo.Args(response_length=4, temperature=0.4), 4, seed=1)
     assert [tuple(row.values()) for row in rows] == [
-        ("a", " is good", 3, True), ("b", " is mat", 2, True), ("c", " is is is is", 4, False)]
+        ("a", " is good", 3, True), ("b", " is", 2, True), ("c", " is is is is", 4, False)]
     assert seen["input_ids"].tolist() == [[0, 5, 6], [0, 0, 7], [8, 9, 10]]
     assert seen["attention_mask"].tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 1]]
     assert (seen["temperature"], seen["max_new_tokens"], seen["eos_token_id"]) == (0.4, 4, [EOS, 792])
@@ -658,7 +666,7 @@ def test_saved_folder_is_the_policy_that_was_evaluated(trained, tokenizer):
     """Loaded by transformers alone, the folder has the held-out log-probabilities of summary.json."""
     flags, folder = trained
     model, after = AutoModelForCausalLM.from_pretrained(folder), read_rows(folder / "metrics.jsonl")[-1]
-    pairs = dpo.load_preferences(flags["eval_data"][0], "--eval_data", tokenizer, [EOS], dpo.Args())
+    pairs = dpo.load_preferences(flags["eval_data"][0], "--eval_data", tokenizer, dpo.Args())
     with torch.no_grad():
         expected = slow_logprobs(model, pairs).mean(1).tolist()
     found = [after[f"eval/held_out/logps/{side}"] for side in ("chosen", "rejected")]

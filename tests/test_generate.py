@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPL
 
 import ppo
 from utils.data import pad
-from utils.models import decode_responses
+from utils.tokens import decode_responses
 
 EOS, PAD = 0, 60
 FORBIDDEN = torch.arange(64) == PAD
@@ -91,7 +91,7 @@ def test_load_prompts_drops_empty_and_too_long_ones(tmp_path, capsys):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     kept = ppo.load_prompts(str(file), "--prompts", tokenizer, SimpleNamespace(max_prompt_length=2))
-    assert kept == [(tokenizer("He").input_ids, "He"), (tokenizer("And how").input_ids, "And how")]
+    assert kept == [(tokenizer(text).input_ids, text, {"prompt": text}) for text in ("He", "And how")]
     assert "1 over 2 tokens, 1 empty" in capsys.readouterr().out
 
 

@@ -31,8 +31,9 @@ def prompts_and_responses():
 
 
 def episodes_on(device, queries, responses):
-    tokenizer = SimpleNamespace(pad_token_id=PAD, batch_decode=lambda rows, **_: ["" for _ in rows])
-    return ppo.Episodes([(ids, "") for ids in queries], responses.to(device), tokenizer, torch.tensor([EOS], device=device))
+    tokenizer = SimpleNamespace(
+        pad_token_id=PAD, eos_token_id=EOS, chat_template=None, batch_decode=lambda rows, **_: ["" for _ in rows])
+    return ppo.Episodes([(ids, "", {}) for ids in queries], responses.to(device), tokenizer, torch.tensor([EOS], device=device))
 
 
 def slow_logprobs(model, queries, responses, temperature):

@@ -45,8 +45,9 @@ SCORES = torch.tensor([1.0, 3.0, 3.0, -2.0])
 def within(name, exact=False):
     """Multipliers and KL coefficients of an update of four episodes under this control, or costs of the exact one."""
     with bed.control(name, GROUPS, seed=1):
-        tokenizer = SimpleNamespace(pad_token_id=9, batch_decode=lambda rows, **_: [""] * len(rows))
-        gi.Episodes([(query, "") for query in QUERIES], torch.ones(4, 2, dtype=torch.long), tokenizer, torch.tensor([0]))
+        tokenizer = SimpleNamespace(
+            pad_token_id=9, eos_token_id=0, chat_template=None, batch_decode=lambda rows, **_: [""] * len(rows))
+        gi.Episodes([(query, "", {}) for query in QUERIES], torch.ones(4, 2, dtype=torch.long), tokenizer, torch.tensor([0]))
         gi.normalize(SCORES, (4, 0.0, 1.0), 0.0)
         kl_coefs, gradient = gi.adaptive_kl_coefs(LABELS, SCORES, 0.2)[0], gi.label_gradient(LABELS, SCORES, "mass")
         return (LABELS * gradient).sum(1) if exact else (gi.advantage_multiplier(LABELS, SCORES, 0.5, "mass"), kl_coefs)

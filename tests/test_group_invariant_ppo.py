@@ -469,7 +469,7 @@ def test_grouped_prompts_are_the_prompts_and_their_groups(tmp_path):
     args = SimpleNamespace(max_prompt_length=16)
     prompts, groups = load_grouped_prompts(str(file), "--prompts", tokenizer, args)
     assert groups == {"She said": "hard", "He was": "0"}
-    assert prompts == [(tokenizer(text).input_ids, text) for text in texts]
+    assert prompts == [(tokenizer(row["prompt"]).input_ids, row["prompt"], row) for row in data]
     assert prompts == load_prompts(str(file), "--prompts", tokenizer, args)
     file.write_text(json.dumps({"prompt": "She said"}) + "\n")
     assert load_grouped_prompts(str(file), "--prompts", tokenizer, args)[1] == {}

@@ -1,16 +1,20 @@
 """Plumbing for data: files and Hub sets into rows, permutations, padding, and a word on what was read."""
 
+import copy
 import csv
 import glob
 import importlib
+import inspect
 import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +22,8 @@ import torch
 from utils.formats import CNNDM_BATCHES, standard_row
 from utils.launch import all_sum, fail, fail_together, gather_rows, print0, rank, world_size
 from utils.models import first_line, is_hub_id
+from utils.tokens import added_tokens, adds_bos, check_spelling, encode_prompt, encode_texts, split_terminator
+from utils.tokens import terminator_ids
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 ANSWERS = {"text", "completion", "chosen", "rejected", "reference_response"}
@@ -49,13 +55,7 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
     if not rows:
         fail(f"{flag} {path}: no rows in it")
     found = ", ".join(map(str, rows[0]))
-    specials = [token for token in (tokenizer.eos_token, tokenizer.pad_token) if token]
-    special_rows = [i for i, row in enumerate(rows, 1) if any(
-        token in text for name in TEXTS & set(row) for text in _texts(name, row[name], tokenizer.eos_token)
-        for token in specials)]
-    if special_rows:
-        print0(f"warning: {flag} {path}: {len(special_rows)} rows, the first of them row {special_rows[0]}, hold the "
-               f"text {' or '.join(map(repr, specials))}, which the tokenizer reads as that token")
+    _name_special_tokens(rows, flag, path, tokenizer)
     for i, row in enumerate(rows):
         try:
             rows[i] = standard_row(row, tokenizer, max_prompt_length)
@@ -70,6 +70,7 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         fail(f"{flag} {path}: found the columns {{{found}}}; understood are {understood}, the same as messages, and "
              "the layouts in utils/formats.py")
     _check_rows(rows, wanted, {name for names in columns for name in names} - set(wanted), flag, path)
+    check_spelling(rows, flag, path, tokenizer)
     return rows
 
 
@@ -92,12 +93,42 @@ def _check_rows(rows, wanted, others, flag, path):
                 fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
 
 
-def _texts(name, value, eos):
-    """The texts in a column, those of messages too; EOS at the end of an answer is not part of it."""
+def _name_special_tokens(rows, flag, path, tokenizer):
+    """Say which texts hold what the tokenizer reads as one of its added tokens, and how many begin with BOS.
+
+    A terminator at the end of an answer is where it belongs.
+    """
+    ends = tokenizer.convert_ids_to_tokens(terminator_ids(tokenizer))
+    tokens = {token for token in (*added_tokens(tokenizer), tokenizer.eos_token, tokenizer.pad_token) if token}
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    held, numbers, begin = Counter(), [], 0
+    for number, row in enumerate(rows, 1):
+        found = Counter()
+        for name in TEXTS & set(row):
+            for text in _texts(row[name]):
+                if adds_bos(tokenizer) and name not in ANSWERS - {"text"} and text.startswith(tokenizer.bos_token):
+                    begin, text = begin + 1, text.removeprefix(tokenizer.bos_token)
+                while name in ANSWERS and (end := next((end for end in ends if text.rstrip().endswith(end)), None)):
+                    text = text.rstrip().removesuffix(end)
+                found.update(pattern.findall(text))
+        if found:
+            held, numbers = held + found, numbers + [number]
+    if begin:
+        print0(f"{'note':<22}{flag} {path}: {begin} texts begin with {tokenizer.bos_token}, which the tokenizer puts "
+               "there too. One is kept")
+    if held:
+        named = ", ".join(f"{token!r} ({times} times)" for token, times in held.most_common(5))
+        more = f" and {len(held) - 5} others" if len(held) > 5 else ""
+        print0(f"warning: {flag} {path}: {len(numbers)} rows, the first of them row {numbers[0]}, hold text that the "
+               f"tokenizer reads as special tokens: {named}{more}")
+
+
+def _texts(value):
+    """The texts in a column, those of messages too."""
     if isinstance(value, str):
-        yield value.removesuffix(eos) if name in ANSWERS else value
+        yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts("", inner, eos)
+        yield from _texts(inner)
 
 
 def _read_jsonl(path, flag):
@@ -212,33 +243,40 @@ def load_held_out(paths, flag, load, columns=()):
     return held_out
 
 
-def load_prompt_rows(path, flag, columns, tokenizer, max_prompt_length):
-    """Rows with their prompt's token ids as row["ids"], without the too long ones, which are counted."""
-    rows = load_rows(path, flag, columns, tokenizer, max_prompt_length)
-    rows = [{**row, "ids": tokenizer(row["prompt"]).input_ids} for row in rows]
-    kept = [row for row in rows if 0 < len(row["ids"]) <= max_prompt_length]
-    empty = sum(not row["ids"] for row in rows)
-    describe(flag, path, [len(row["ids"]) for row in kept],
-             {f"over {max_prompt_length} tokens": len(rows) - len(kept) - empty, "empty": empty})
+class Prompt(NamedTuple):
+    """A prompt's token ids and text, and the row of the data set that it comes from, with its other columns."""
+
+    ids: list
+    text: str
+    row: dict
+
+
+def load_prompts(path, flag, tokenizer, args, columns=(("prompt",),)):
+    """List of Prompts, without the too long ones, which are counted. columns: as of `load_rows`."""
+    limit = args.max_prompt_length
+    rows = load_rows(path, flag, columns, tokenizer, limit)
+    prompts = [Prompt(encode_prompt(row["prompt"], tokenizer), row["prompt"], row) for row in rows]
+    kept = [prompt for prompt in prompts if 0 < len(prompt.ids) <= limit]
+    empty = sum(not prompt.ids for prompt in prompts)
+    describe(flag, path, [len(prompt.ids) for prompt in kept],
+             {f"over {limit} tokens": len(prompts) - len(kept) - empty, "empty": empty})
     return kept
 
 
 def load_grouped_prompts(path, flag, tokenizer, args):
     """Prompts as of `load_prompts`, and {text: group} from their column `group`, as text; empty without one."""
-    rows = load_prompt_rows(path, flag, [("prompt",)], tokenizer, args.max_prompt_length)
-    groups = {row["prompt"]: str(row["group"]) for row in rows if row.get("group") is not None}
-    return [(row["ids"], row["prompt"]) for row in rows], groups
+    prompts = load_prompts(path, flag, tokenizer, args)
+    groups = {prompt.text: str(prompt.row["group"]) for prompt in prompts if prompt.row.get("group") is not None}
+    return prompts, groups
 
 
-def load_prompts(path, flag, tokenizer, args):
-    """List of (token ids, text) of the prompts, without the too long ones, which are counted."""
-    return load_grouped_prompts(path, flag, tokenizer, args)[0]
+def as_answer(prompt, text, tokenizer, ended=None):
+    """A text that evaluate.py has not sampled, as a row like its samples.
 
-
-def as_answer(text, tokenizer, ended=None):
-    """A text that evaluate.py has not sampled, as a row like its samples. ended: whether EOS came, which then counts in
-    the length; None: not known, as of the references, and it counts too."""
-    length = len(tokenizer(text, add_special_tokens=False).input_ids) + (ended is not False)
+    ended: whether its terminator came, which then counts in the length; None: not known, and it counts too.
+    """
+    text, _ = split_terminator(prompt, text, tokenizer)
+    length = len(encode_texts(prompt, text, tokenizer, ended is not False)[1])
     return {"response": text, "length": max(1, length), "ended": ended, "kl": None}
 
 
@@ -252,7 +290,8 @@ def read_responses(path, prompts, tokenizer):
         if not isinstance(row.get("ended"), (bool, type(None))):
             fail(f"--models {path}, row {number}: ended must be true, false or null, found {row['ended']!r:.60}")
         if row.get("model") != "references":
-            found.setdefault(row["prompt"], []).append(as_answer(row["response"], tokenizer, row.get("ended")))
+            answer = as_answer(row["prompt"], row["response"], tokenizer, row.get("ended"))
+            found.setdefault(row["prompt"], []).append(answer)
             models.add(str(row.get("model")))
     if len(models) > 1:
         fail(f"--models {path}: responses of several models ({', '.join(sorted(models))}). Keep those of one")
@@ -274,10 +313,10 @@ def short_names(paths, *taken):
     return {str(Path(name).resolve()) if name in taken else name: path for name, path in zip(names, paths)}
 
 
-def load_function(spec, flag, query=None):
+def load_function(spec, flag, prompt=None):
     """The function that `module:name` names, or None for None; the current folder is on the import path.
 
-    query: a text to try a judge on, so that one that cannot work is found before anything is written.
+    prompt: a Prompt to try a judge on, so that one that cannot work is found before anything is written.
     """
     if spec is None:
         return None
@@ -290,16 +329,49 @@ def load_function(spec, flag, query=None):
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
         fail(f"{flag} {spec}: cannot import it ({first_line(error)}). Write it as module:function")
-    if query is not None:
-        call_judge(function, flag, [query] * 2, [" a", " b"])
+    if prompt is not None:
+        missing = [name for name, needed in _further_parameters(function).items() if needed and name not in prompt.row]
+        if missing:
+            fail(f"{flag} {spec}: it takes {missing[0]!r}, and the rows have no such column. They have: "
+                 f"{', '.join(prompt.row)}")
+        call_judge(function, f"{flag} {spec}", [prompt.text] * 2, [" a", " b"], [prompt.row] * 2)
     return function
 
 
-def call_judge(function, flag, queries, responses):
-    """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it."""
+def _further_parameters(function):
+    """{name: whether it must be given} of a judge's parameters after queries and responses; "**" takes any."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):  # some functions in C do not tell
+        return {}
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    found = {one.name: one.default is one.empty for one in parameters if one.kind in kinds}
+    return found | {"**": False for one in parameters if one.kind == one.VAR_KEYWORD}
+
+
+def call_judge(function, flag, queries, responses, rows=None):
+    """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it.
+
+    rows: the row of each query. Its columns are keyword arguments of the judge, as lists, if it has parameters of their
+    names or **. Whatever the judge gets is its own copy.
+    """
+    parameters, rows = _further_parameters(function), rows or [{}] * len(queries)
+    names = set().union(*rows) - {"prompt", "queries", "responses"}
+    names = names if "**" in parameters else names & set(parameters)
+
+    def ask(some):
+        columns = {name: copy.deepcopy([rows[i].get(name) for i in some]) for name in sorted(names)}
+        return list(function([queries[i] for i in some], [responses[i] for i in some], **columns))
+
+    def fails_alone(i):
+        try:
+            return len([float(score) for score in ask([i])]) != 1
+        except Exception:
+            return True
+
     scores, wrong, row = [], None, None
     try:
-        found = list(function(queries, responses)) if queries else []
+        found = ask(range(len(queries))) if queries else []
         if len(found) != len(queries):
             wrong = f"it returned {len(found)} scores for {len(queries)} responses"
         else:
@@ -311,17 +383,10 @@ def call_judge(function, flag, queries, responses):
     except Exception as error:
         wrong = f"it failed ({type(error).__name__}: {first_line(error)})"
     if wrong and row is None:
-        row = next((i for i, pair in enumerate(zip(queries, responses)) if _fails_alone(function, *pair)), None)
+        row = next((i for i in range(len(queries)) if fails_alone(i)), None)
     where = "" if row is None else f" on query {queries[row]!r:.60}, response {responses[row]!r:.60}"
     fail_together(wrong and f"{flag}: {wrong}{where}")
     return scores
-
-
-def _fails_alone(function, query, response):
-    try:
-        return len([float(score) for score in function([query], [response])]) != 1
-    except Exception:
-        return True
 
 
 def permutation(size, *address):
@@ -371,13 +436,13 @@ def running_moments(moments, values):
 def deal_by_length(prompts, responses, pad_id, micro_batch_size):
     """Deal the episodes of all ranks anew [E28]. Returns prompts and responses of this rank, as many as before.
 
-    prompts: (ids, text) of each row; responses (B, Tr) with PAD after EOS. The ranks take turns at taking a
+    prompts: the Prompt of each row; responses (B, Tr) with PAD after EOS. The ranks take turns at taking a
     micro-batch from the longest rows left, from the first rank to the last and then back. So all have about the same
     work. The paper's ranks keep what they sampled, and pad every row to the longest that may come.
     """
     lengths, device = (responses != pad_id).sum(1).tolist(), responses.device
     everyones = gather_rows(zip(prompts, responses.tolist(), lengths))
-    sizes = [len(ids) + length for (ids, _), _, length in everyones]
+    sizes = [len(prompt[0]) + length for prompt, _, length in everyones]
     by_length, mine = sorted(range(len(sizes)), key=lambda i: -sizes[i]), []
     share = len(sizes) // world_size()
     for turn, start in enumerate(range(0, share, micro_batch_size)):
@@ -412,12 +477,3 @@ def describe(name, path, lengths, dropped):
     median, p95 = np.percentile(lengths, [50, 95])
     print0(f"{name:<22}{path}: {len(lengths):,} rows (dropped: {reasons}); "
            f"tokens: median {median:.0f}, 95 % {p95:.0f}, longest {max(lengths)}")
-
-
-def show_example(tokenizer, ids, counted):
-    """Print one row as the model sees it, the tokens that the loss counts between ⟦ and ⟧."""
-    text, inside = "", False
-    for token, counts in zip(ids, counted):
-        text += ("⟦" if counts and not inside else "⟧" if inside and not counts else "") + tokenizer.decode([token])
-        inside = counts
-    print0(f"{'example':<22}{text + ('⟧' if inside else '')!r}  (the loss counts ⟦...⟧)")

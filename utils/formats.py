@@ -12,8 +12,11 @@ What is understood, by its columns (Hub ids are examples of each):
 
 import os
 import re
+from datetime import datetime
 
 from jinja2 import TemplateError
+
+from utils.tokens import adds_bos, end_of_turn, split_terminator
 
 TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # [detail 2] no space at the end
 CNNDM = "Article:\n{article}\n\nTL;DR:\n"
@@ -124,7 +127,9 @@ def dialogue(row):
 def conversation(row, tokenizer):
     """Messages ({role, content} lists) through the chat template: the prompt up to the last answer, and the answers.
 
-    The prompt ends with the template's cue for an answer. It keeps no BOS that the tokenizer adds by itself.
+    The prompt ends with the template's cue for an answer. It keeps no BOS that the tokenizer adds by itself. An answer
+    has no end of turn: `encode_texts` (utils/tokens.py) puts it there. For judges the row also has `conversation`, the
+    prompt's messages, and `last_user_turn`, the text of the user's last one.
     """
     if tokenizer.chat_template is None:
         raise ValueError("messages, and the tokenizer has no chat template")
@@ -144,11 +149,37 @@ def conversation(row, tokenizer):
         whole = render(prompt + row[name], tokenizer, **options)
         if not whole.startswith(row["prompt"]):
             raise ValueError("the chat template renders the prompt otherwise when an answer follows")
-        row[name] = whole[len(row["prompt"]):].rstrip()  # templates end a turn with EOS and perhaps a newline
-    added = tokenizer("").input_ids
-    if added and added[0] == tokenizer.bos_token_id:  # the tokenizer will put it there
+        row[name] = answer_of(whole[len(row["prompt"]) :], row[name][-1], row["prompt"], tokenizer)
+    row["conversation"] = prompt
+    row["last_user_turn"] = next((turn["content"] for turn in prompt[::-1] if turn["role"] == "user"), "")
+    if adds_bos(tokenizer):  # the tokenizer will put it there
         row["prompt"] = row["prompt"].removeprefix(tokenizer.bos_token)
     return row
+
+
+def answer_of(rendered, message, prompt, tokenizer):
+    """The text of an answer as the template renders it, up to its end of turn.
+
+    What comes after that is cut: a newline, EOS, and the cue for another answer, which some templates print always.
+    Raises ValueError where the template drops a part of the content. It may change the space around it.
+    """
+    content, turn = message.get("content") or "", end_of_turn(tokenizer)
+    places = [place for place, char in enumerate(rendered) if not char.isspace()]
+    wanted = "".join(content.split())
+    start = "".join(rendered.split()).rfind(wanted)
+    if start < 0:
+        raise ValueError(f"the chat template drops or changes a part of the answer {content!r:.60}. Use a template "
+                         "that keeps it, or give prompts and answers as text")
+    end = places[start + len(wanted) - 1] + 1 if wanted else 0
+    after = rendered[end:]
+    if turn.end and turn.end in after:  # tool calls may stand before it
+        text = rendered[:end] + after.partition(turn.end)[0]
+        ends_alone = split_terminator(prompt, text, tokenizer)[1] == tokenizer.convert_tokens_to_ids(turn.end)
+        return text if ends_alone else text + turn.end
+    return (rendered if message.get("tool_calls") else rendered[:end]).rstrip()
+
+
+template_date = [datetime.now()]  # what templates print as today's; utils/run.py fixes it for a run and its resumes
 
 
 def render(messages, tokenizer, **options):
@@ -160,6 +191,7 @@ def render(messages, tokenizer, **options):
         if not isinstance(message.get("role"), str):
             raise ValueError(f"the role of a message must be text, found {message.get('role')!r:.60}")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, strftime_now=lambda form: template_date[0].strftime(form), **options)
     except TemplateError as error:  # some templates refuse roles, or their order
         raise ValueError(f"the chat template refuses it ({error})") from error

@@ -19,9 +19,10 @@ import urllib.request
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from utils.data import call_judge, load_function, short_names
+from utils.data import load_function, short_names
 from utils.launch import fail, from_rank0, print0
 from utils.models import check_length, is_hub_id, load_classifier, load_tokenizer
+from utils.tokens import set_terminator
 
 FIRST_DELAY, LONGEST_DELAY, TRIAL_TIMEOUT, PROGRESS_EVERY = 1, 60, 15, 10  # seconds
 MAX_FAILURES = 8  # questions in a row
@@ -319,7 +320,7 @@ def connect(url, args):
 
 
 def open_judges(args, prompts):
-    """{name: (kind, judge)} of --judges, each one tried out.
+    """{name: (kind, judge)} of --judges, each one tried out on the first of the Prompts.
 
     kind and judge: "reward model" and (classifier, its tokenizer), "function" and the function, "server" and a Server.
     """
@@ -333,8 +334,7 @@ def open_judges(args, prompts):
         if is_server:
             judges[name] = "server", connect(spec, args)
         elif ":" in spec and not Path(spec).exists():
-            judges[name] = "function", load_function(spec, "--judges")
-            call_judge(judges[name][1], flag, prompts[:1] * 2, [" a", " b"])
+            judges[name] = "function", load_function(spec, "--judges", prompts[0])
         elif not Path(spec).exists() and not is_hub_id(spec):
             fail(f"{flag}: no such folder. Give a reward model's Hugging Face folder or Hub id, module:function, or "
                  "the URL of a server")
@@ -343,6 +343,7 @@ def open_judges(args, prompts):
             model = load_classifier(spec, "--judges", tokenizer, args.bf16).eval()
             check_length(model, args.max_prompt_length + args.response_length + 1,
                          f"{flag}: --max_prompt_length + --response_length + EOS")
+            set_terminator(model, spec, "--judges", tokenizer, prompts[0].text)
             judges[name] = "reward model", (model, tokenizer)
     return judges
 

@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-from utils.launch import allowed, fail, fail_together, full_state_dict, note_small_lr, print0, print_memory_plan, rank
+from utils.launch import allowed, fail, full_state_dict, note_small_lr, print0, print_memory_plan, rank
 from utils.launch import world_size
+from utils.tokens import generation_eos_ids
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -61,6 +62,7 @@ def load_tokenizer(path, flag):
         fail(f"{flag} {path}: its PAD token is its EOS token ({tokenizer.eos_token!r}), so EOS would be masked as "
              "padding and never learned. Save a copy whose tokenizer_config.json has no pad_token and give that "
              "folder: a [PAD] of its own is then added")
+    tokenizer.generation_eos_ids = generation_eos_ids(path, flag, tokenizer)
     return tokenizer
 
 
@@ -94,9 +96,8 @@ def load_tokenizers(models, ref_model):
     return tokenizers
 
 
-def other_tokenizer(args, tokenizer):
-    """The tokenizer of --reward_model where its vocabulary is not the policy's, which needs --retokenize; else None."""
-    own = load_tokenizer(args.reward_model, "--reward_model")
+def other_tokenizer(args, tokenizer, own):
+    """`own`, the tokenizer of --reward_model, if its vocabulary is not the policy's: that needs --retokenize; else None."""
     if own.get_vocab() == tokenizer.get_vocab():
         return None
     if not args.retokenize:
@@ -190,26 +191,6 @@ def disable_dropout(model):
     return model
 
 
-def eos_token_ids(model, tokenizer):
-    """All ids that end a response: the tokenizer's EOS, the generation config's, the one of the chat template."""
-    more = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
-    more = more if isinstance(more, list) else [] if more is None else [more]
-    return sorted({tokenizer.eos_token_id, *more, *_end_of_turn(tokenizer)})
-
-
-def _end_of_turn(tokenizer):
-    """The special token that the chat template puts after an answer, as a list of its id; [] where there is none."""
-    if not tokenizer.chat_template:
-        return []
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates refuse roles as they like; then the tokenizer's EOS has to do
-        return []
-    last, known = tokenizer(text.rstrip(), add_special_tokens=False).input_ids[-1:], tokenizer.added_tokens_decoder
-    return [token for token in last if token in known and known[token].special]
-
-
 def forbidden_tokens(tokenizer, vocabulary_size):
     """What is never sampled [E12]: PAD, and rows of the embedding without a token. (vocabulary_size,) bool."""
     forbidden = torch.ones(vocabulary_size, dtype=torch.bool)
@@ -257,33 +238,6 @@ def save_weights(engine, file):
     if rank() == 0:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, f"{file}.unfinished")
         os.replace(f"{file}.unfinished", file)
-
-
-def decode_responses(tokenizer, queries, responses):
-    """Texts of responses (B, Tr) after queries (lists of ids), without special tokens, leading space kept.
-
-    Some tokenizers (Llama 2, Mistral) drop the space before the first word when ids are decoded alone.
-    """
-    befores = tokenizer.batch_decode(queries, skip_special_tokens=True)
-    wholes = tokenizer.batch_decode([q + r for q, r in zip(queries, responses.tolist())], skip_special_tokens=True)
-    alones = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [whole[len(before):] if whole.startswith(before) else alone
-            for before, whole, alone in zip(befores, wholes, alones)]
-
-
-def retokenize(texts, ended, tokenizer, classifier):
-    """Ids of queries and responses in a reward model's own tokens [E22]: B lists, with its EOS where one has ended.
-
-    texts: (B queries, B responses); ended: B bools. Every rank must call it.
-    """
-    sequences = [
-        tokenizer(query).input_ids + tokenizer(response, add_special_tokens=False).input_ids
-        + [tokenizer.eos_token_id] * end for query, response, end in zip(*texts, ended)]
-    longest = max(map(len, sequences))
-    limit = getattr(classifier.config, "max_position_embeddings", longest)
-    fail_together(f"--retokenize: a text has {longest} of the reward model's tokens, and that has {limit} "
-                  "positions. Lower the limits of prompt and response" if longest > limit else None)
-    return sequences
 
 
 def fingerprint(model, *others):

@@ -15,6 +15,7 @@ import tyro
 
 from utils.launch import allowed, fail
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
+from utils.tokens import encode_texts
 
 
 @dataclass
@@ -33,7 +34,7 @@ def sequences_of(batch, script, tokenizer):
         return [list(query) + [token for token in response if token != tokenizer.pad_token_id]
                 for query, response in zip(batch["queries"], batch["responses"].tolist())]
     sides = ("completion", "text") if script == "sft" else ("chosen", "rejected")
-    return [tokenizer((row["prompt"] if side != "text" else "") + row[side]).input_ids
+    return [sum(encode_texts(row["prompt"] if side != "text" else "", row[side], tokenizer), [])
             for row in batch["rows"] for side in sides if side in row]
 
 

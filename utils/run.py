@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 
+from utils.formats import template_date
 from utils.launch import all_max, barrier, fail, finish, from_rank0, gather_rows, print0, rank, world_size
 
 _locked = []  # the open folder of this process's run
@@ -26,6 +28,7 @@ _locked = []  # the open folder of this process's run
 FREE_ON_RESUME = {
     "output_dir", "resume", "overwrite", "save_every", "eval_every", "log_every", "local_rank", "timeout_minutes",
     "allow_pickle"}
+NO_FLAGS = {"template_date", "data"}  # what args.json has beside them
 
 
 # ---- The folder -------------------------------------------------------------------------------------------
@@ -35,6 +38,7 @@ def choose_folder(args, name):
     """Decide on the folder of this run of NAME.py, and change nothing yet. Returns its Path.
 
     Without --output_dir: the first free one of runs/NAME, runs/NAME-2, ..., or the last existing one to resume.
+    Also decides what chat templates print as today's date: the day on which the run began.
     A folder in use is refused unless --resume or --overwrite is given; --overwrite replaces earlier runs only, and
     none that this run reads from.
     """
@@ -54,7 +58,7 @@ def choose_folder(args, name):
             if before.get("script") != name:
                 return folder, f"--resume {folder}: this is not a run of {name}.py. Give the --output_dir of one"
             changed = [f"--{key} {before.get(key)} -> {now.get(key)}" for key in sorted(set(before) | set(now))
-                       if key not in FREE_ON_RESUME and before.get(key) != now.get(key)]
+                       if key not in FREE_ON_RESUME | NO_FLAGS and before.get(key) != now.get(key)]
             if changed:
                 return folder, (f"--resume {folder}: the run was started with other settings ({'; '.join(changed)}). "
                                 "Resume with the same, or start a new run in another --output_dir")
@@ -78,14 +82,24 @@ def choose_folder(args, name):
         except OSError as error:
             return None, f"--output_dir {args.output_dir}: {error.strerror}"
 
-    folder, wrong = from_rank0(decide_or_say)
+    def decide_with_date():
+        folder, wrong = decide_or_say()
+        record = {} if wrong else _read_record(folder / "args.json")
+        goes_on = resume or wrong is None and _to_do_again(folder, args, name)
+        return folder, wrong, record.get("template_date") if goes_on else None
+
+    folder, wrong, date = from_rank0(decide_with_date)
     if wrong:
         fail(wrong)
+    template_date[0] = datetime.fromisoformat(date or from_rank0(lambda: datetime.now().isoformat("T", "seconds")))
     return folder
 
 
-def open_folder(folder, args, name):
-    """Make the folder of a new run, without what --overwrite replaces, and write args.json."""
+def open_folder(folder, args, name, data=None):
+    """Make the folder of a new run, without what --overwrite replaces, and write args.json.
+
+    data: {flag: rows as the run reads them, with their token ids}. A resumed run must read the same.
+    """
 
     def make():  # on rank 0; returns what is wrong or None
         try:
@@ -97,6 +111,11 @@ def open_folder(folder, args, name):
         if getattr(args, "resume", False):
             if (folder / "summary.json").exists():
                 return "the run has come to its end in the meantime, there is nothing to resume"
+            before = _read_record(folder / "args.json").get("data", {})
+            changed = [flag for flag, digest in hashes(data).items() if before.get(flag, digest) != digest]
+            if changed:
+                return (f"--resume: the rows of {', '.join(changed)} are not those that the run began with: the file, "
+                        "the tokenizer or its chat template has changed. Put back what was there, or start a new run")
             (folder / "INTERRUPTED").unlink(missing_ok=True)
             return None
         if not (args.overwrite or _is_empty(folder) or _to_do_again(folder, args, name)):
@@ -108,11 +127,24 @@ def open_folder(folder, args, name):
                 shutil.rmtree(old)
             elif old.name != "args.json":
                 old.unlink()
-        _write(folder / "args.json", json.dumps(_comparable(args, name), indent=1) + "\n")
+        record = {**_comparable(args, name), "template_date": template_date[0].isoformat("T", "seconds"),
+                  "data": hashes(data)}
+        _write(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
     wrong = from_rank0(make)
     if wrong:
         fail(f"--output_dir {folder}: {wrong}")
+
+
+def hashes(data):
+    """{flag: SHA-256 of its rows}."""
+    found = {}
+    for flag, rows in (data or {}).items():
+        digest = hashlib.sha256()
+        for row in rows.items() if isinstance(rows, dict) else rows:
+            digest.update(repr(row).encode("utf-8", "backslashreplace"))
+        found[flag] = digest.hexdigest()
+    return found
 
 
 def _is_empty(folder):
@@ -136,6 +168,7 @@ def _lock(folder):
 def _to_do_again(folder, args, name):
     """Whether this is an evaluation with the same flags that was cut off: it keeps nothing but args.json of worth."""
     record = {**_read_record(folder / "args.json"), "overwrite": args.overwrite}
+    record = {key: value for key, value in record.items() if key not in NO_FLAGS}
     return not hasattr(args, "resume") and record == _comparable(args, name) and not (folder / "summary.json").exists()
 
 

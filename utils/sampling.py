@@ -3,7 +3,7 @@
 import torch
 
 from utils.data import chunks, pad
-from utils.models import decode_responses, eos_token_ids
+from utils.tokens import decode_responses, terminator_ids
 
 
 @torch.no_grad()
@@ -14,9 +14,9 @@ def sample_responses(model, prompts, tokenizer, args, batch_size, seed):
     the same in every evaluation of a run; other batches or ranks bring other noise.
     """
     torch.manual_seed(seed)
-    rows, eos_ids = [], eos_token_ids(model, tokenizer)
+    rows, eos_ids = [], terminator_ids(tokenizer)
     for some in chunks(prompts, batch_size):
-        sequences, texts = zip(*some)
+        sequences, texts, _ = zip(*some)
         ids, mask = pad(sequences, tokenizer.pad_token_id, "left", model.device)
         output = model.generate(
             input_ids=torch.where(mask, ids, 0), attention_mask=mask.long(), max_new_tokens=args.response_length,

@@ -1,0 +1,273 @@
+"""From texts to token ids and back: one BOS, one terminator, and ids that spell what the texts say.
+
+These rules hold for every script, in training, scoring, sampling and evaluation:
+  - a prompt has at most one BOS, whoever wrote it, its author or the tokenizer
+  - a response ends with exactly one terminator. It is the one that the text brings, if it brings one. Else it is the
+    chat template's end of turn after a prompt that this template has rendered, and the tokenizer's EOS after any other
+  - prompt ids and response ids, one list after the other, spell the prompt and the response
+"""
+
+import os
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+from transformers import AutoConfig, GenerationConfig
+
+from utils.launch import fail, fail_together, print0
+
+
+class Turn(NamedTuple):
+    """How a chat template ends an answer, and how a prompt ends that it has rendered. None: it does neither."""
+
+    end: str | None
+    cue: str | None
+
+
+# ---- Where a response ends --------------------------------------------------------------------------------
+
+
+def terminator_ids(tokenizer):
+    """All ids that end a response: the tokenizer's EOS, the chat template's end of turn, the generation config's."""
+    turn = end_of_turn(tokenizer).end
+    ends = [tokenizer.convert_tokens_to_ids(turn)] if turn else []
+    return sorted({tokenizer.eos_token_id, *ends, *getattr(tokenizer, "generation_eos_ids", ())})
+
+
+def end_of_turn(tokenizer):
+    """The Turn of the tokenizer's chat template."""
+    return _end_of_turn(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else Turn(None, None)
+
+
+@lru_cache(maxsize=16)
+def _end_of_turn(tokenizer, template):
+    question, answer = "Question1", "Answer2"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates refuse roles as they like; then the tokenizer's EOS has to do
+        return Turn(None, None)
+    last = middle = whole.rpartition(answer)[2]
+    try:
+        longer = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False)
+        middle = longer.partition(answer)[2].partition(question)[0]
+    except Exception:
+        pass
+    # what comes after every answer. After the last one some templates print the cue for another answer
+    after = os.path.commonprefix([last, middle])
+    cue = prompt.rpartition(question)[2].rstrip() or None
+    return Turn(_first_added_token(after, tokenizer), cue)
+
+
+def _first_added_token(text, tokenizer):
+    """The first of the tokenizer's added tokens in a text, such as <|im_end|>, or None."""
+    found = [(text.find(token), -len(token), token) for token in added_tokens(tokenizer) if token in text]
+    return min(found)[2] if found else None
+
+
+def added_tokens(tokenizer):
+    """Texts of the tokens that a tokenizer finds in any text before it reads the rest, such as <|im_end|>. Some have
+    runs of spaces or newlines too, which are left out here."""
+    return [token for token in tokenizer.get_added_vocab() if token.strip(" \n\t\r▁")]
+
+
+def split_terminator(prompt, response, tokenizer):
+    """A response without what ends it, and the id that ends it: (text, id).
+
+    Of several terminators at the end of the text the first counts, and space between and after them is dropped.
+    """
+    turn, own = end_of_turn(tokenizer), None
+    ends = tokenizer.convert_ids_to_tokens(terminator_ids(tokenizer))
+    while found := next((end for end in ends if response.rstrip().endswith(end)), None):
+        own, response = found, response.rstrip().removesuffix(found)
+    if own is None:
+        rendered = turn.end and turn.cue and prompt.rstrip().endswith(turn.cue)
+        own = turn.end if rendered else tokenizer.eos_token
+    return response, tokenizer.convert_tokens_to_ids(own)
+
+
+def the_terminator(sequences, tokenizer):
+    """The id in which all texts end that a reward model is trained and measured on; fail in one line if there are more.
+
+    sequences: {flag: lists of ids}. A score means something at the token at which the model was trained, nowhere else.
+    """
+    last = {flag: Counter(ids[-1] for ids in lists) for flag, lists in sequences.items()}
+    found = sum(last.values(), Counter())
+    if len(found) > 1:
+        counts = "; ".join(f"{flag}: " + ", ".join(
+            f"{times} in {tokenizer.convert_ids_to_tokens(token)!r}" for token, times in ends.most_common())
+            for flag, ends in last.items())
+        fail(f"the texts end in different tokens, and a reward model is read at one ({counts}). Write all answers in "
+             "one way: all as messages, or all as text, without or with the same token at the end")
+    return next(iter(found))
+
+
+def set_terminator(classifier, path, flag, tokenizer, prompt):
+    """Decide at which token a reward model reads a response that has ended: `terminator_token_id` of its config.
+
+    reward_model.py has written it there. For one from elsewhere it is what the rule says with its own tokenizer.
+    """
+    known = getattr(classifier.config, "terminator_token_id", None)
+    if known is None:
+        classifier.config.terminator_token_id = split_terminator(prompt, "", tokenizer)[1]
+    token = tokenizer.convert_ids_to_tokens(classifier.config.terminator_token_id)
+    print0(f"{'reward model':<22}{flag} {path} reads a response that has ended at {token!r}, "
+           f"{'where it was trained' if known is not None else 'as its tokenizer and template suggest'}")
+
+
+def generation_eos_ids(path, flag, tokenizer):
+    """The ids in a model folder's generation config that end a response. Ordinary tokens among them are refused.
+
+    A folder without that file has the ids of its config.json instead, where ordinary tokens are some class's default.
+    """
+    try:
+        config = GenerationConfig.from_pretrained(path)
+    except OSError:
+        config = None
+    written = config is not None and not getattr(config, "_from_model_config", False)
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError):  # whoever loads the model says what is wrong with it
+            return []
+    ids = config.eos_token_id
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    known = [token for token in ids if token in tokenizer.get_added_vocab().values()]
+    wrong = [token for token in ids if token not in known and token != tokenizer.eos_token_id]
+    if wrong and written:
+        token = tokenizer.convert_ids_to_tokens(wrong[0]) if wrong[0] < len(tokenizer) else None
+        what = f"the ordinary token {token!r}" if token else "no token of its tokenizer"
+        fail(f"{flag} {path}: its generation_config.json ends responses at {wrong[0]}, {what}. Every text with that "
+             "token would be cut there: take it out of eos_token_id")
+    return known
+
+
+# ---- From texts to ids ------------------------------------------------------------------------------------
+
+
+def encode_texts(prompt, response, tokenizer, finished=True):
+    """Ids of a prompt, and ids of a response to it with its terminator: two lists.
+
+    finished: False where a sampler has cut the response. Then it has no terminator.
+    """
+    response, end = split_terminator(prompt, response, tokenizer)
+    return encode_prompt(prompt, tokenizer), encode_response(prompt, response, tokenizer) + [end] * bool(finished)
+
+
+def encode_prompt(text, tokenizer):
+    """Ids of a text at the beginning of a row, with one BOS where the tokenizer puts one or the text brings one."""
+    if adds_bos(tokenizer):
+        while text.startswith(tokenizer.bos_token):
+            text = text.removeprefix(tokenizer.bos_token)
+    return tokenizer(text).input_ids
+
+
+def encode_response(prompt, response, tokenizer):
+    """Ids of a text that comes after a prompt, without a terminator.
+
+    Prompt and response are never merged into one token: the sampler starts behind the prompt's last token. Some
+    tokenizers (SentencePiece's) read any text as the beginning of one and put a space before it. For these the response
+    is read behind another text, whose ids are then cut off.
+    """
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    for context in _contexts(tokenizer) if prompt and response else ():
+        before, both = ids_of(context), ids_of(context + response)
+        if both[: len(before)] == before:  # else the beginning of the response has merged with the context
+            return both[len(before) :]
+    return ids_of(response)
+
+
+JOINTS = [("Hello", " world"), ("Hello:\n", "world"), ("Hello", "\nworld"), ("Hello. ", "World"), ("Hello:", " 12")]
+
+
+@lru_cache(maxsize=16)
+def adds_bos(tokenizer):
+    """Whether the tokenizer puts BOS before every text."""
+    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+@lru_cache(maxsize=16)
+def _contexts(tokenizer):
+    """The texts behind which a response is read so that it spells itself: "" alone if it can be read by itself."""
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def joins(context):
+        return all(spell(ids_of(first) + ids_of(context + second)[len(ids_of(context)) :], tokenizer)
+                   == spell(ids_of(first + second), tokenizer) for first, second in JOINTS)
+
+    found = [context for context in ("", "\n", ".", "a", "0") if joins(context)]
+    return found[:1] if "" in found else found
+
+
+def spell(ids, tokenizer):
+    """The text of ids, with nothing left out or made prettier."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def check_spelling(rows, flag, path, tokenizer, sample=200):
+    """Fail in one line where the ids of prompt and response, joined, do not spell the two texts; warn where few do not.
+
+    rows: dicts with a prompt and a completion, or chosen and rejected. A sample of them is looked at.
+    """
+    wrong, step = [], max(1, len(rows) // sample)
+    for number, row in list(enumerate(rows, 1))[::step]:
+        for name in ("completion", "chosen", "rejected"):
+            if isinstance(row.get("prompt"), str) and isinstance(row.get(name), str):
+                prompt, response = row["prompt"], split_terminator(row["prompt"], row[name], tokenizer)[0]
+                ids = encode_prompt(prompt, tokenizer) + encode_response(prompt, response, tokenizer)
+                found, both = spell(ids, tokenizer), spell(encode_prompt(prompt + response, tokenizer), tokenizer)
+                if found not in (both, prompt + response):
+                    wrong.append((number, name, found[-60:], (prompt + response)[-60:]))
+    if not wrong:
+        return
+    number, name, found, text = wrong[0]
+    looked_at = len(range(0, len(rows), step))
+    message = (f"{flag} {path}: in {len(wrong)} texts of {looked_at} rows the ids of prompt and response, joined, do not "
+               f"spell the texts. The first is {name} of row {number}: the ids end in {found!r}, the texts in {text!r}")
+    if len(wrong) > looked_at // 20:
+        fail(f"{message}. Move the space or newline between the two into the response, or use another tokenizer")
+    print0(f"warning: {message}")
+
+
+# ---- And back ---------------------------------------------------------------------------------------------
+
+
+def decode_responses(tokenizer, queries, responses):
+    """Texts of responses (B, Tr) after queries (lists of ids), without special tokens, leading space kept.
+
+    Some tokenizers (Llama 2, Mistral) drop the space before the first word when ids are decoded alone.
+    """
+    def texts(rows):
+        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    ends = terminator_ids(tokenizer)  # not every end of turn is marked as special
+    responses = [[token for token in response if token not in ends] for response in responses.tolist()]
+    befores, wholes, alones = texts(queries), texts([q + r for q, r in zip(queries, responses)]), texts(responses)
+    return [whole[len(before):] if whole.startswith(before) else alone
+            for before, whole, alone in zip(befores, wholes, alones)]
+
+
+def retokenize(texts, ended, tokenizer, classifier):
+    """Ids of queries and responses in a reward model's own tokens [E22]: B lists; what has ended has a terminator.
+
+    texts: (B queries, B responses); ended: B bools. Every rank must call it.
+    """
+    sequences = [sum(encode_texts(query, response, tokenizer, end), []) for query, response, end in zip(*texts, ended)]
+    longest = max(map(len, sequences))
+    limit = getattr(classifier.config, "max_position_embeddings", longest)
+    fail_together(f"--retokenize: a text has {longest} of the reward model's tokens, and that has {limit} "
+                  "positions. Lower the limits of prompt and response" if longest > limit else None)
+    return sequences
+
+
+def show_example(tokenizer, ids, counted):
+    """Print one row as the model sees it, the tokens that the loss counts between ⟦ and ⟧."""
+    text, inside = "", False
+    for token, counts in zip(ids, counted):
+        text += ("⟦" if counts and not inside else "⟧" if inside and not counts else "") + tokenizer.decode([token])
+        inside = counts
+    print0(f"{'example':<22}{text + ('⟧' if inside else '')!r}  (the loss counts ⟦...⟧)")
