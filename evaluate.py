@@ -195,9 +195,11 @@ def reward_scores(model, tokenizer, flag, prompts, responses, args, device):
         return (logits[:, 0].float() - getattr(model.config, "reward_mean", 0.0)).tolist()
 
     model.to(device)
-    terminator = model.config.terminator_token_id
-    sequences = [sum(encode_texts(prompt, response, tokenizer), [])[:-1] + [terminator]  # [E1] joined as ids
+    sequences = [sum(encode_texts(prompt, response, tokenizer), [])  # [E1] joined as ids
                  for prompt, response in zip(prompts, responses)]
+    terminator = getattr(model.config, "terminator_token_id", None)
+    if terminator is not None:
+        sequences = [ids[:-1] + [terminator] for ids in sequences]
     check_length(model, max(map(len, sequences)), f"{flag}: the longest prompt and response")
     scores = over_ranks(score, sequences, len, args.micro_batch_size, "scoring")
     model.to("cpu")

@@ -410,6 +410,12 @@ def test_reward_scores_equal_those_of_reward_model_py(folder, tokenizer, capsys)
                                        make_args(folder, micro_batch_size=size), "cpu")
         assert found == pytest.approx(expected, abs=1e-5)
     assert np.std(expected) > 0.01
+    classifier.config.terminator_token_id = 322  # [E29] trained at another token
+    with torch.no_grad():
+        ids[torch.arange(12), mask.sum(1) - 1] = 322
+        expected = reward_model.at_last_token(reward_model.ScalarModel(classifier)(ids, mask), mask).tolist()
+    found = evaluate.reward_scores(classifier, tokenizer, "--judges rm", prompts, responses, make_args(folder), "cpu")
+    assert found == pytest.approx(expected, abs=1e-5)
     with pytest.raises(SystemExit):
         evaluate.reward_scores(classifier, tokenizer, "--judges rm", ["a", "a " * 127], [" b", " b"], make_args(folder),
                                "cpu")

@@ -333,6 +333,14 @@ def test_detail_23_score_without_eos_is_replaced(scored):
     assert torch.equal(replaced[[0, 2]], kept[[0, 2]])
 
 
+def test_detail_e29_the_end_is_read_at_the_token_at_which_the_reward_model_was_trained(scored):
+    """Whatever ended a response, the reward model reads its own terminator in that place; what is cut stays as it is."""
+    scored.classifier.config.terminator_token_id = 33
+    scored.model = ppo.ScalarModel(scored.classifier)
+    rows = [[5, 6, 4, 33], [7, 0, 8, 9, 1, 2, 3, 4], [3, 2, 2, 5, 33]]
+    close(score(scored, None), [scored.classifier(torch.tensor([row])).logits.item() - 0.5 for row in rows], 1e-5)
+
+
 def test_scores_are_read_in_micro_batches_of_like_length(scored):
     """The reward model reads the longest rows first, micro_batch_size at a time, each batch as wide as its longest row."""
     shapes = []

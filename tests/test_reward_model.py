@@ -586,6 +586,7 @@ def test_detail_15_demonstrations_average_0(trained, files, tokenizer):
     model = load(trained, tokenizer)
     sequences = demonstrations_of(files, tokenizer)
     constant = model.reward_mean
+    assert model.terminator == EOS == json.loads((trained / "config.json").read_text())["terminator_token_id"]
     assert constant == json.loads((trained / "summary.json").read_text())["reward_mean"] and abs(constant) > 0.05
     scores = scores_of(model, sequences)
     assert abs(scores.mean()) < 1e-4 and scores.std() > 1e-3

@@ -75,7 +75,7 @@ def added_tokens(tokenizer):
 def split_terminator(prompt, response, tokenizer):
     """A response without what ends it, and the id that ends it: (text, id).
 
-    Of several terminators at the end of the text the first counts, and space between and after them is dropped.
+    [E29] Of several terminators at the end of the text the first counts, and space between and after them is dropped.
     """
     turn, own = end_of_turn(tokenizer), None
     ends = tokenizer.convert_ids_to_tokens(terminator_ids(tokenizer))
@@ -166,7 +166,7 @@ def encode_prompt(text, tokenizer):
 def encode_response(prompt, response, tokenizer):
     """Ids of a text that comes after a prompt, without a terminator.
 
-    Prompt and response are never merged into one token: the sampler starts behind the prompt's last token. Some
+    [E1] Prompt and response are never merged into one token: the sampler starts behind the prompt's last token. Some
     tokenizers (SentencePiece's) read any text as the beginning of one and put a space before it. For these the response
     is read behind another text, whose ids are then cut off.
     """
@@ -266,8 +266,10 @@ def retokenize(texts, ended, tokenizer, classifier):
 
 def show_example(tokenizer, ids, counted):
     """Print one row as the model sees it, the tokens that the loss counts between ⟦ and ⟧."""
-    text, inside = "", False
-    for token, counts in zip(ids, counted):
-        text += ("⟦" if counts and not inside else "⟧" if inside and not counts else "") + tokenizer.decode([token])
-        inside = counts
-    print0(f"{'example':<22}{text + ('⟧' if inside else '')!r}  (the loss counts ⟦...⟧)")
+    whole, text, start = spell(ids, tokenizer), "", 0
+    for edge in range(1, len(ids) + 1):
+        if edge == len(ids) or counted[edge] != counted[edge - 1]:
+            end = len(spell(ids[:edge], tokenizer))
+            text += f"⟦{whole[start:end]}⟧" if counted[edge - 1] else whole[start:end]
+            start = end
+    print0(f"{'example':<22}{text!r}  (the loss counts ⟦...⟧)")
