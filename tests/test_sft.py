@@ -474,13 +474,6 @@ def test_sample_continues_each_prompt_as_if_alone(tokenizer):
         assert row["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
 
 
-def test_rouge_of_equal_and_of_foreign_texts():
-    """T11: equal texts have ROUGE 1, texts without a common word 0, and rows are averaged."""
-    same, other = {"reference": "a good cat", "response": "a good cat"}, {"reference": "a good cat", "response": "no"}
-    for rows, expected in (([same], 1.0), ([other], 0.0), ([same, other, other, other], 0.25)):
-        assert sft.rouge(rows) == pytest.approx({f"eval/{name}": expected for name in ("rouge1", "rouge2", "rougeL")})
-
-
 # ---- Main -------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from utils.models import first_line, is_hub_id
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 ANSWERS = {"text", "completion", "chosen", "rejected", "reference_response"}
-TEXTS = ANSWERS | {"prompt", "query", "messages", "info", "summaries", "title", "post", "summary"}
+TEXTS = ANSWERS | {"prompt", "query", "messages", "info", "summaries", "meta", "responses", "title", "post", "summary"}
 
 
 def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
