@@ -43,7 +43,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from rouge_score.rouge_scorer import RougeScorer
 
 from utils.data import FORMATS, as_answer, call_judge, load_prompts, over_ranks, pad, read_responses
 from utils.data import rows_of_this_rank, short_names
@@ -51,6 +50,7 @@ from utils.judge import ask_within_budget, fill, open_judges, parse_letter
 from utils.launch import check_flags, fail, finish, from_rank0, gather_rows, init_distributed, print0, rank, world_size
 from utils.models import check_length, fingerprint, load_causal_lm, load_tokenizers
 from utils.report import write_report
+from utils.rouge import ROUGE, rouge
 from utils.run import cached_array, choose_folder, make_folder, open_folder
 from utils.statistics import accuracy, calibration
 from utils.tokens import decode_responses, encode_texts, terminator_ids
@@ -324,10 +324,7 @@ def describe_texts(answers, references, weights):
         found[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else None
     kl = interval("kl", [np.nan if answer["kl"] is None else answer["kl"] for answer in answers], weights)
     found |= {"kl": kl["kl"], "kl_low": kl["low"], "kl_high": kl["high"]}
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(reference, text) for reference, text in zip(references, texts)]
-    return found | {name: np.mean([score[name].fmeasure for score in scores]) if scores else None
-                    for name in scorer.rouge_types}
+    return found | dict.fromkeys(ROUGE) | rouge(references, texts)
 
 
 # ---- Main -------------------------------------------------------------------------------------------------

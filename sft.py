@@ -39,6 +39,7 @@ from utils.launch import init_distributed, optimizer_step, print0, print_memory_
 from utils.launch import world_size
 from utils.models import check_length, count_parameters, load_causal_lm, load_tokenizer, save_model
 from utils.packing import check_mask, pack, packed_inputs
+from utils.rouge import rouge
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 from utils.sampling import sample_responses
@@ -237,16 +238,6 @@ def sample(model, items, tokenizer, args):
             for row, text, sampled in zip(rows, texts, samples)]
 
 
-def rouge(rows):
-    """Mean ROUGE F-measures of responses against references (Google's rouge-score)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(row["reference"], row["response"]) for row in rows]
-    return {f"eval/{name}": sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
-
-
 # ---- Main -------------------------------------------------------------------------------------------------
 
 
@@ -299,8 +290,8 @@ def main(args: Args):
         mine = [item for item in rows_of_this_rank(held_out[: args.num_samples]) if item]
         rows = gather_rows(sample(decoder, mine, tokenizer, args))
         engine.train()
-        if rows and rows[0]["reference"]:
-            metrics |= rouge(rows)
+        found = rouge([row["reference"] for row in rows], [row["response"] for row in rows])
+        metrics |= {f"eval/{name}": value for name, value in found.items()}  # none for `text` rows
         tracker.samples(step, rows)
         metrics = tracker.log(step, metrics)
         print0(f"{step:>6}/{total_steps}  held-out loss {metrics['eval/loss']:.4f}  "

@@ -258,18 +258,6 @@ def test_stored_sampling_settings_do_not_lose_the_run(script, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
-def test_pad_equal_to_eos_is_refused(script, flag, inputs, tmp_path, refused):
-    """A tokenizer whose PAD is its EOS is refused by every script, and the line says how to get another PAD."""
-    folder = shutil.copytree(inputs / "lm", tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)
-    message = refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), **{flag: str(folder)}))
-    assert f"--{flag} {folder}" in message and "PAD token is its EOS token" in message
-    assert "Save a copy whose tokenizer_config.json has no pad_token" in message
-
-
-@pytest.mark.parametrize("script, flag", named(MODEL_FLAGS))
 def test_tokenizer_that_appends_eos_is_refused(script, flag, inputs, tmp_path, refused):
     """A tokenizer that ends every text with EOS would end prompts too: refused."""
     folder = shutil.copytree(inputs / "lm", tmp_path / "model")

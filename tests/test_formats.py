@@ -197,6 +197,20 @@ def test_detail_1_choice_is_the_chosen_summary(make, tokenizer):
     assert (second["chosen_policy"], second["rejected_policy"]) == ("ref", "sup4")
 
 
+@pytest.mark.parametrize("make", [comparison, cnndm_comparison])
+@pytest.mark.parametrize("choice", [0, 1])
+def test_detail_1_comparisons_under_other_names(make, choice, tokenizer):
+    """meta, responses, label are info, summaries, choice: the same row, and the same refusal of a bad label."""
+    row = make(choice)
+    renamed = {{"info": "meta", "summaries": "responses", "choice": "label"}.get(name, name): value
+               for name, value in row.items()}
+    assert standard_row(renamed, tokenizer, 512) == standard_row(row, tokenizer, 512)
+    with pytest.raises(ValueError, match="needs two summaries and choice 0 or 1, found 2 and None"):
+        standard_row({**renamed, "label": None}, tokenizer, 512)
+    other = {"meta": {"source": "x"}, "prompt": "a", "completion": "b"}
+    assert standard_row(other, tokenizer, 512) == other  # a column of this name alone is no layout
+
+
 def test_detail_1_columns_to_group_by(tokenizer):
     """Comparisons keep batch, split, confidence and the pair of policies, which has one name in either order."""
     row = standard_row(comparison(1, "batch11", "valid1", 3), tokenizer, 512)

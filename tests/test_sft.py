@@ -92,17 +92,13 @@ def test_detail_3_pad_is_never_a_target(tokenizer):
     assert (labels[~mask] == -100).all() and torch.equal(labels[:, 1:][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
 
 
-def test_detail_3_pad_as_eos_is_refused(tmp_path, tokenizer, capsys):
-    """T3: a tokenizer whose PAD is its EOS is refused, and one without PAD gets a PAD of its own."""
+def test_detail_3_pad_is_never_eos(tmp_path):
+    """T3: a tokenizer whose PAD is its EOS, and one without PAD, get a PAD of their own."""
     changed = load_tokenizer(str(ROOT / "assets/base"), "--model")
-    changed.pad_token = changed.eos_token
-    changed.save_pretrained(tmp_path / "same")
-    with pytest.raises(SystemExit):
-        load_tokenizer(str(tmp_path / "same"), "--model")
-    assert "its PAD token is its EOS token" in capsys.readouterr().err
-    changed.pad_token = None
-    changed.save_pretrained(tmp_path / "none")
-    assert load_tokenizer(str(tmp_path / "none"), "--model").pad_token_id not in (None, EOS)
+    for pad_token in (changed.eos_token, None):
+        changed.pad_token = pad_token
+        changed.save_pretrained(tmp_path)
+        assert load_tokenizer(str(tmp_path), "--model").pad_token_id not in (None, EOS)
 
 
 def test_detail_5_rows_are_padded_right(tokenizer):
@@ -472,13 +468,6 @@ def test_sample_continues_each_prompt_as_if_alone(tokenizer):
                 break
         greedy = ids[0, len(tokenizer(row["query"]).input_ids) :]
         assert row["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
-
-
-def test_rouge_of_equal_and_of_foreign_texts():
-    """T11: equal texts have ROUGE 1, texts without a common word 0, and rows are averaged."""
-    same, other = {"reference": "a good cat", "response": "a good cat"}, {"reference": "a good cat", "response": "no"}
-    for rows, expected in (([same], 1.0), ([other], 0.0), ([same, other, other, other], 0.25)):
-        assert sft.rouge(rows) == pytest.approx({f"eval/{name}": expected for name in ("rouge1", "rouge2", "rougeL")})
 
 
 # ---- Main -------------------------------------------------------------------------------------------------

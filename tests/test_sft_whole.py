@@ -87,7 +87,7 @@ def plain_run(folder, case):
     train = packs_of(train) if flags["pack_length"] else [[row] for row in train]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), eps=1e-2, weight_decay=0.3)
     metrics, samples, weights, norms = [], [], {0: whole.weights_of(model)}, []
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
 
     @torch.no_grad()
     def evaluate(step):
@@ -170,7 +170,7 @@ def test_every_flag_differs_from_its_default():
 
 
 def test_the_run_is_a_fair_one(both):
-    """Clipping at work, rows dropped, posts cut, packs of several rows, ROUGE above 0 with stems at work."""
+    """Clipping at work, rows dropped, posts cut, packs of several rows, ROUGE above 0."""
     plain, case = both.plain, both.case
     rows = sum(plain.train, [])
     assert (len(plain.train), len(rows), len(plain.held_out)) == {

@@ -332,9 +332,9 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "sft.py", "tracker.samples(step, rows)",
         "tracker.samples(step, rows[:10])",
         "tests/test_sft_whole.py::test_samples_equal_those_of_the_plain_loop"),
-    "sft.py: ROUGE without stems": (
-        "sft.py", "use_stemmer=True",
-        "use_stemmer=False",
+    "sft.py: ROUGE with stems": (
+        "utils/rouge.py", "tokenizer=words)",
+        "use_stemmer=True)",
         "tests/test_sft_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "sft.py: the rate of the next optimizer step is used": (
         "sft.py", "optimizer_step(engine, lr)",

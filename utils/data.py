@@ -27,7 +27,7 @@ from utils.tokens import terminator_ids
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 ANSWERS = {"text", "completion", "chosen", "rejected", "reference_response"}
-TEXTS = ANSWERS | {"prompt", "query", "messages", "info", "summaries", "title", "post", "summary"}
+TEXTS = ANSWERS | {"prompt", "query", "messages", "info", "summaries", "meta", "responses", "title", "post", "summary"}
 
 
 def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):

@@ -2,7 +2,8 @@
 
 What is understood, by its columns (Hub ids are examples of each):
   subreddit, title, post, summary       TL;DR as OpenAI published it (vwxyzjn/summarize_from_feedback_tldr_3_filtered)
-  info, summaries, choice               its comparisons, CNN/DM among them (HuggingFaceH4/summarize-from-feedback)
+  info, summaries, choice               its comparisons, CNN/DM among them (openai/summarize_from_feedback)
+  meta, responses, label                the same under other names (HuggingFaceH4/summarize-from-feedback)
   query, reference_response             preprocessed by the paper's authors
                                         (vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144)
   query, chosen, rejected               (vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144)
@@ -30,6 +31,8 @@ def standard_row(row, tokenizer, max_prompt_length):
     No text ends with the tokenizer's EOS: the scripts put it there. Raises ValueError with the reason where a row of a
     known layout cannot be used.
     """
+    if {"meta", "responses", "label"} <= set(row) and isinstance(row["meta"], dict):
+        row = {**row, "info": row["meta"], "summaries": row["responses"], "choice": row["label"]}
     if "info" in row and "summaries" in row:
         row = comparison(row, tokenizer, max_prompt_length)
     elif {"subreddit", "title", "post"} <= set(row) and not {"query", "prompt"} & set(row):

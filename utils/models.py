@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 from utils.launch import allowed, fail, full_state_dict, note_small_lr, print0, print_memory_plan, rank
 from utils.launch import world_size
-from utils.tokens import generation_eos_ids
+from utils.tokens import generation_eos_ids, terminator_ids
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -40,8 +42,9 @@ def check_folder(path, flag, pattern, remedy):
 def load_tokenizer(path, flag):
     """Tokenizer of a model folder or Hub id, with an EOS, and a PAD of its own that is not EOS.
 
-    A tokenizer without PAD gets `[PAD]`; one whose PAD is its EOS is refused, since a loss that skips PAD would
-    then never teach the model to stop.
+    One without PAD, or whose PAD ends responses too, gets `[PAD]`: else a sampler that may not draw PAD would never
+    stop, and a score read at the last token that is not PAD would stand before the end. An unused token that some
+    other tool means for padding is not looked for.
     """
     check_folder(path, flag, "token*", "Save the model's tokenizer there with tokenizer.save_pretrained")
     try:
@@ -56,13 +59,11 @@ def load_tokenizer(path, flag):
     if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
         fail(f"{flag} {path}: its tokenizer ends every text with EOS, prompts too. Set add_eos_token to false: the "
              "scripts put EOS where it belongs")
-    if tokenizer.pad_token_id is None:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        fail(f"{flag} {path}: its PAD token is its EOS token ({tokenizer.eos_token!r}), so EOS would be masked as "
-             "padding and never learned. Save a copy whose tokenizer_config.json has no pad_token and give that "
-             "folder: a [PAD] of its own is then added")
     tokenizer.generation_eos_ids = generation_eos_ids(path, flag, tokenizer)
+    if tokenizer.pad_token_id in (None, *terminator_ids(tokenizer)):
+        was = "it has no PAD" if tokenizer.pad_token is None else f"its PAD {tokenizer.pad_token} ends responses"
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        print0(f"{'tokenizer':<22}{path}: {was}, so [PAD] is added, id {tokenizer.pad_token_id}")
     return tokenizer
 
 
@@ -116,15 +117,21 @@ def load_causal_lm(path, flag, tokenizer, bf16=False):
         fail(f"{flag} {path}: {type(model).__name__} is of an encoder family, whose tokens see the tokens after them. "
              "Give a decoder (GPT-NeoX, GPT-2, Llama, Qwen, Mistral, Gemma, ...)")
     _check_complete(loaded, path, flag)
-    eos_token_id = getattr(model.generation_config, "eos_token_id", None)
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
     model.generation_config = GenerationConfig(  # token ids alone: stored sampling settings would be saved again
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id if eos_token_id is None else eos_token_id)
+        eos_token_id=ends if len(ends) > 1 else ends[0])
     return disable_dropout(_fit(model, tokenizer))
 
 
 def load_classifier(path, flag, tokenizer, bf16=False, new_head=False):
-    """AutoModelForSequenceClassification with one label, dropout off. new_head: it may lack a trained head."""
+    """AutoModelForSequenceClassification with one label, dropout off. new_head: it may lack a trained head.
+
+    A bias that the stored head has and Hugging Face's class has not goes into reward_mean: W h + b - mean is the same
+    number, for the reward model, for the critic that starts from it, and after saving.
+    """
     model, loaded = _load(AutoModelForSequenceClassification, path, flag, bf16, num_labels=1)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         fail(f"{flag} {path}: {type(model).__name__} has no linear `score` head. Families whose classifier has one "
@@ -132,8 +139,19 @@ def load_classifier(path, flag, tokenizer, bf16=False, new_head=False):
     if "score.weight" in loaded["missing_keys"] and not new_head:
         fail(f"{flag} {path}: this is a language model, it has no score head. Train a reward model from it with "
              "reward_model.py")
+    labels = {name: stored[0] for name, stored, _ in loaded["mismatched_keys"]}.get("score.weight")
+    if labels:
+        fail(f"{flag} {path}: this is a classifier with {labels} labels, and a reward model has one. "
+             + ("Give a language model" if new_head else "Train one with reward_model.py"))
     _check_complete(loaded, path, flag)
-    model.config.pad_token_id = tokenizer.pad_token_id  # AutoModelForSequenceClassification finds the end by it
+    if "score.bias" in loaded["unexpected_keys"] and not new_head:
+        bias = float(_stored(path, "score.bias"))
+        model.config.reward_mean = getattr(model.config, "reward_mean", 0.0) - bias
+        print0(f"{'head':<22}{path}: its bias {bias:.6g} is subtracted from reward_mean, now "
+               f"{model.config.reward_mean:.6g}")
+    if model.config.get_text_config().pad_token_id == tokenizer.eos_token_id and not new_head:
+        print0(f"{'note':<22}{path}: PAD is EOS in its config, so other tools read its score one token before EOS. "
+               "These scripts read it at EOS")
     return disable_dropout(_fit(model, tokenizer))
 
 
@@ -146,7 +164,7 @@ def _load(auto_class, path, flag, bf16, **options):
     try:
         model, loaded = auto_class.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=None if allowed["pickle"] else True,
-            output_loading_info=True, **options)
+            output_loading_info=True, ignore_mismatched_sizes=True, **options)  # ours to say: _check_complete
     except Exception as error:
         fail(f"{flag} {path}: cannot load a model from it ({first_line(error)})")
     bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
@@ -159,21 +177,45 @@ def _load(auto_class, path, flag, bf16, **options):
 
 
 def _check_complete(loaded, path, flag):
-    missing = sorted(set(loaded["missing_keys"]) - {"score.weight"})
+    for name, stored, wanted in loaded["mismatched_keys"]:
+        fail(f"{flag} {path}: its weight {name} has the shape {list(stored)}, and its config.json asks for "
+             f"{list(wanted)}. Give a whole model folder")
+    missing = sorted(set(loaded["missing_keys"]) - {"score.weight", "score.bias"})
     if missing:
         fail(f"{flag} {path}: its weights lack {missing[0]} and {len(missing) - 1} more, which would be random")
 
 
+def _stored(path, name):
+    """One weight of a model folder or Hub id, from the file that has it."""
+    def find(file):
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        file, index = find(whole), find(whole + ".index.json")
+        if not file and index:  # in several files
+            file = find(json.loads(Path(index).read_text())["weight_map"][name])
+        if file and file.endswith(".safetensors"):
+            with safe_open(file, "pt") as weights:
+                return weights.get_tensor(name)
+        if file:
+            return torch.load(file, map_location="cpu", weights_only=True)[name]
+
+
 def _fit(model, tokenizer):
-    """Resize the embeddings where the tokenizer has ids that they lack, with the same rows every time.
+    """Give the model the tokenizer's special ids, and rows for ids that its embeddings lack, the same ones every time.
 
     A larger embedding is left alone.
     """
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > model.get_input_embeddings().num_embeddings:
+    embeddings, needed = model.get_input_embeddings(), max(tokenizer.get_vocab().values()) + 1
+    if needed > embeddings.num_embeddings:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # policy and reference must not differ in their new rows
-            model.resize_token_embeddings(needed)
+            model.resize_token_embeddings(needed, mean_resizing=False)  # by the family's initialisation
+    if embeddings.padding_idx is not None:
+        embeddings.padding_idx = tokenizer.pad_token_id  # its row has no gradient: where PAD was EOS, that of EOS
+    for config in (model.config, model.config.get_text_config()):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id  # AutoModelForSequenceClassification finds the end by it
     return model
 
 
