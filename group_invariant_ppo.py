@@ -100,7 +100,7 @@ class Args:
     missing_eos_score: float | None = -1.0
     """replaces the score of a response without EOS (detail 23). N+: -1.0; None: keep the score"""
     rollout_batch_size: int = 64
-    """sequences decoded together per rank; changes memory and speed only. N+: 64 (1B) to 4 (6.9B)"""
+    """sequences decoded together per rank; in fp32 it changes memory and speed only. N+: 64 (1B) to 4 (6.9B)"""
     offload_frozen: bool = False
     """keep reference and reward model in CPU memory while they are not used. N+: True for 6.9B (detail 48)"""
     episodes_per_prompt: int = 1
@@ -183,11 +183,11 @@ class Args:
 
     # machine
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 2 or 3. N+: 2"""
+    """DeepSpeed ZeRO stage: 0, 2 or 3; with bf16, 0 is 2 inside. N+: 2"""
     offload_optimizer: bool = False
     """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
     bf16: bool = False
-    """bf16 weights with fp32 master weights (GPUs). N+: True"""
+    """bf16 weights with fp32 master weights and gradients (GPUs). N+: True"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     timeout_minutes: float = 30.0
@@ -213,8 +213,8 @@ def prompts_of_episodes(numbers, num_prompts, seed):
 def sampling_noise(seed, update, numbers, length):
     """Uniforms u[i, t] in [0, 1) for the episodes of these numbers: (B, length) float64.
 
-    [E11] They depend on (seed, update, episode, t) alone, so that a response is the same in any batch, and
-    [detail 46] on any rank (theirs: a seed for each rank).
+    [E11] They depend on (seed, update, episode, t) alone, so that in fp32 a response is the same in any batch, and
+    [detail 46] on any rank (theirs: a seed for each rank). bf16 rounds otherwise in another batch.
     """
     return torch.tensor(np.stack([np.random.default_rng((seed, update, n)).random(length) for n in numbers]))
 

@@ -111,11 +111,11 @@ class Args:
 
     # machine
     zero_stage: int = 0
-    """DeepSpeed ZeRO stage: 0, 2 or 3. N+: 2"""
+    """DeepSpeed ZeRO stage: 0, 2 or 3; with bf16, 0 is 2 inside. N+: 2"""
     offload_optimizer: bool = False
     """keep optimizer state in CPU memory (ZeRO 2 and 3)"""
     bf16: bool = False
-    """bf16 weights with fp32 master weights (GPUs). N+: True"""
+    """bf16 weights with fp32 master weights and gradients (GPUs). N+: True"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     timeout_minutes: float = 30.0
@@ -183,7 +183,7 @@ def collate(packs, tokenizer, completion_only, device):
 
 
 def forward_logits(model, ids, segments):
-    """Logits (B, T, V) in fp32 of ids (B, T), the same for any padding side and any neighbours in a pack.
+    """Logits (B, T, V) in fp32 of ids (B, T). In an fp32 model padding and neighbours in a pack do not change them.
 
     Without packs, segments are a mask: 1 at real tokens, 0 at padding. Position ids count real tokens: with
     absolute positions (GPT-2) left-padded rows would otherwise be wrong.

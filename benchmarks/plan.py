@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers import GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 import ppo
-from utils.launch import fail
+from utils.launch import fail, inner_zero_stage
 from utils.models import disable_dropout
 
 GIB = 2**30
@@ -210,7 +210,8 @@ class Engine:
         self.stage, self.dtype, self.offload = args.zero_stage, self.params[0].dtype, args.offload_optimizer
         self.share = math.ceil(self.total / ranks) if self.stage else self.total
         self.weights = self.empty(self.share if self.stage == 3 else self.total)
-        # Gradients are kept as whole tensors of those that touch the rank's part: the most that any rank has.
+        # At ZeRO 2 in fp32, gradients are kept as whole tensors of those that touch the rank's part: the most that any
+        # rank has. Else they are the rank's part, in fp32.
         ends = list(itertools.accumulate(p.numel() for p in self.params))
         self.held = self.share if self.stage == 3 else max(
             sum(end - start for start, end in zip([0, *ends], ends) if end > low and start < low + self.share)
@@ -218,12 +219,12 @@ class Engine:
         self.gradients = self.bucket = None
         self.ranks, self.bucket_size = ranks, min(BUCKET, self.total) if args.lazy_buckets else BUCKET
         if self.stage == 3:
-            self.bucket, self.gradients = self.empty(self.bucket_size), self.empty(0 if self.offload else self.share)
+            self.bucket = self.empty(self.bucket_size)
+            self.gradients = self.empty(0 if self.offload else self.share, torch.float32)
         if self.stage and self.offload:
             self.copied = self.empty(max(p.numel() for p in self.params))  # a gradient on its way to the CPU
         if self.stage == 0:
-            masters = self.params if self.dtype == torch.float32 else [
-                torch.empty_like(p, dtype=torch.float32) for p in self.params]
+            masters = self.params
         else:
             step = min(SUB_GROUP, self.share) if self.stage == 3 else self.share
             masters = [self.empty(min(step, self.share - i), torch.float32) for i in range(0, self.share, step)]
@@ -238,11 +239,9 @@ class Engine:
     def empty(self, elements, dtype=None):
         return torch.empty(int(elements), dtype=dtype or self.dtype, device="meta")
 
-    def adam(self, optimizer, gradients=None):
-        masters = optimizer.param_groups[0]["params"]
-        for i, p in enumerate(masters):
-            p.grad = torch.empty_like(p) if gradients is None else gradients[i]
-        del gradients
+    def adam(self, optimizer):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.empty_like(p)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -254,10 +253,11 @@ class Engine:
         if self.stage:
             self.flush()
         if self.stage == 2:
-            if self.gradients is not None and not self.offload:
-                self.gradients.add_(self.part)
-            elif not self.offload:
-                self.gradients = self.part
+            if self.dtype == torch.float32 and not self.offload:
+                if self.gradients is not None:
+                    self.gradients.add_(self.part)
+                else:
+                    self.gradients = self.part
             self.bucket = self.part = None
 
     def reduce(self, param):
@@ -272,22 +272,23 @@ class Engine:
     def flush(self):
         if self.ranks > 1:
             self.empty(min(self.filled, self.bucket_size)).fill_(0)  # flattened for the all-reduce
-        if self.stage == 2 and self.part is None and not self.offload:
-            self.part = self.empty(self.held)
+        if self.stage == 2 and not self.offload:
+            if self.dtype == torch.float32:
+                self.part = self.empty(self.held) if self.part is None else self.part
+            elif self.gradients is None:
+                self.gradients = self.empty(self.share, torch.float32)
         self.filled = 0
 
     def step(self):
         if self.stage == 0 and self.ranks > 1:
             self.empty(min(BUCKET, self.total)).fill_(0)  # flattened for the all-reduce
-        if self.stage == 0 and self.dtype == torch.float32:
+        if self.stage == 0:
             self.optimizers[0].step()
-        elif self.stage == 0:
-            self.adam(self.optimizers[0], [p.grad.float() for p in self.params])
         for optimizer in self.optimizers if self.stage else []:
-            size = optimizer.param_groups[0]["params"][0].numel()
-            flat = self.empty(size).fill_(0)
-            gradient = flat.float()
-            del flat
+            if self.stage == 2 and self.dtype == torch.bfloat16:
+                gradient = self.gradients  # flat already
+            else:
+                gradient = self.empty(optimizer.param_groups[0]["params"][0].numel(), torch.float32).fill_(0)
             if self.stage == 2:
                 self.gradients = None
             optimizer.param_groups[0]["params"][0].grad = gradient
@@ -303,6 +304,7 @@ class Engine:
 
 def simulate(config, args, ranks):
     """The ledger's laps of the phases of one update of one rank, steps 3 to 9 of ppo.main with its names."""
+    args.zero_stage = inner_zero_stage(args)  # every figure is of the stage that DeepSpeed has
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     policy, ref_policy = (meta_model(AutoModelForCausalLM, config, dtype) for _ in range(2))
     critic, reward_model = (
@@ -456,7 +458,7 @@ def memory_parts(config, args, ranks, saved, engines, sizes):
     state = 8 + 4 * (args.bf16 or args.zero_stage > 0)  # Adam's moments, and the fp32 master weights
     pairs = {
         "weights": {name: sizes[name] / (ranks if args.zero_stage == 3 else 1) for name in engines},
-        "gradients, from backward to step" + " (in CPU memory)" * args.offload_optimizer: {name: itemsize * shares[name] for name in engines},
+        "gradients, from backward to step" + " (in CPU memory)" * args.offload_optimizer: {name: 4 * shares[name] for name in engines},
         "optimizer state" + " (in CPU memory)" * args.offload_optimizer: {
             name: state * shares[name] for name in engines},
         "frozen: reference, reward model" + " (one at a time)" * args.offload_frozen: sizes,

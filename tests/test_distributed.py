@@ -31,7 +31,8 @@ import reward_model
 import sft
 import utils.run
 from utils.data import call_judge, rows_of_this_rank
-from utils.launch import all_max, all_sum, create_engine, gather_rows, init_distributed, rank, rollout_weights
+from utils.launch import all_max, all_sum, create_engine, full_state_dict, gather_rows, init_distributed
+from utils.launch import optimizer_step, rank, rollout_weights, world_size
 from utils.models import count_parameters, load_causal_lm, load_tokenizer, save_model
 from utils.run import stop_if_not_finite
 
@@ -125,6 +126,57 @@ def evaluation(inputs, out, **changes):
         micro_batch_size=2, greedy=True, output_dir=str(out / "evaluate"), cache=str(out / "evaluate_cache")), **changes})
 
 
+# ---- bf16 -------------------------------------------------------------------------------------------------
+
+ADAMW = dict(lr=0.01, eps=1.0, weight_decay=0.1)  # with so large an eps a step's size follows the gradient's
+
+
+class Products(torch.nn.Module):
+    """A model whose gradients are its inputs: (w * x).sum() of two weights. The sizes leave ranks uneven pieces."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(SEED)
+        self.first, self.second = (torch.nn.Parameter(torch.randn(size, generator=generator)) for size in ((3, 5), (7,)))
+
+    def forward(self, x):
+        return (self.first * x[:15].view(3, 5)).sum() + (self.second * x[15:]).sum()
+
+
+def bf16_inputs(step, number):
+    """The inputs of a micro-batch (22,): multiples of 1/8 up to 15/8, so that bf16 has them, and a sum of two, exactly."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    return torch.randint(-7, 16, (22,), generator=generator) / 8
+
+
+def bf16_updates(stage, folder, micro_batches, steps, offload=False):
+    """Master weights after each of `steps` updates with --bf16 from all ranks' micro-batches, and the gradient norms.
+
+    Before the last step the run is saved and goes on from its checkpoint.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    args = sft.Args(bf16=True, zero_stage=stage, offload_optimizer=offload)
+    found = []
+    for step in range(steps):
+        if step in (0, steps - 1):
+            model = Products()
+            engine = create_engine(model, torch.optim.AdamW(model.parameters(), **ADAMW), args)
+            if step:
+                utils.run.load_checkpoint(folder, {"model": engine})
+        for number in range(rank(), micro_batches, world_size()):
+            engine.backward(engine(bf16_inputs(step, number)) * world_size() / 64)
+        norm = optimizer_step(engine, ADAMW["lr"])
+        masters = [safe_get_full_fp32_param(param) for param in model.parameters()]
+        found.append({"norm": float(norm), "masters": torch.cat([master.flatten() for master in masters]).tolist(),
+                      "weights": sum((weight.flatten().tolist() for weight in full_state_dict(engine).values()), [])})
+        utils.run.save_checkpoint(folder, step + 1, {"model": engine}, {})
+    return found
+
+
+BF16 = {"first": (4, 1), "three": (128, 3)}  # (micro-batches of all ranks, updates)
+
+
 # ---- The worker -------------------------------------------------------------------------------------------
 
 
@@ -178,6 +230,13 @@ def worker(inputs, out):
 
     counts = {"whole": count_parameters(spare), "in_pieces": count_parameters(model)}
     (out / f"parameters_{rank()}.json").write_text(json.dumps(counts))
+
+    for stage in (0, 2, 3):
+        for name, (micro_batches, steps) in BF16.items():
+            for offload in (False, True)[: 1 + (stage > 0)]:
+                case = f"bf16_{name}_{stage}_{offload}"
+                found = bf16_updates(stage, out / case, micro_batches, steps, offload)
+                (out / f"{case}_{rank()}.json").write_text(json.dumps(found))
 
     for name, (script, changes) in ON_TWO_RANKS.items():
         script.main(arguments(script, inputs, out / name, **changes))
@@ -259,7 +318,7 @@ def two(inputs, tmp_path_factory):
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__,
                str(inputs), str(out)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=360)
     assert done.returncode == 0, done.stderr[-6000:]
     return out
 
@@ -425,6 +484,49 @@ def test_zero3_parameters_are_counted_in_full(two):
 
 
 # ---- Runs -------------------------------------------------------------------------------------------------
+
+
+def plain_bf16_updates(micro_batches, steps):
+    """(norm, weights) of the same updates by torch alone, in fp32 from weights that were rounded to bf16 once."""
+    model, found = Products().bfloat16().float(), []
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    for step in range(steps):
+        total = sum(bf16_inputs(step, number) / 64 for number in range(micro_batches))
+        model.first.grad, model.second.grad = total[:15].view(3, 5), total[15:]
+        optimizer.step()
+        found.append((total.norm(), torch.cat([model.first.detach().flatten(), model.second.detach()])))
+    return found
+
+
+def assert_bf16_updates(found, micro_batches, steps):
+    before = torch.cat([param.detach().bfloat16().float().flatten() for param in Products().parameters()])
+    for row, (norm, expected) in zip(found, plain_bf16_updates(micro_batches, steps), strict=True):
+        masters = torch.tensor(row["masters"])
+        torch.testing.assert_close(masters - before, expected - before, rtol=1e-3, atol=1e-6)  # size and direction
+        assert (expected - before).abs().median() > 1e-4 and row["norm"] == pytest.approx(float(norm), rel=1e-4)
+        torch.testing.assert_close(torch.tensor(row["weights"]), masters.bfloat16().float(), rtol=0, atol=0)
+        before = expected
+
+
+@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("stage, offload", [(0, False), (2, False), (2, True), (3, False), (3, True)])
+def test_bf16_updates_on_two_ranks_are_those_of_fp32_masters_and_gradients(two, stage, offload, name):
+    """--bf16 at every ZeRO stage: the first update, and three of 128 micro-batches, are those of plain torch with
+    fp32 master weights and gradients summed in fp32; so is the norm. The last of three is made after a resume."""
+    for number in (0, 1):
+        file = two / f"bf16_{name}_{stage}_{offload}_{number}.json"
+        found = json.loads(file.read_text())
+        if number:  # only rank 0 gets all weights at ZeRO 3
+            found = [{**row, "weights": torch.tensor(row["masters"]).bfloat16().tolist()} for row in found]
+        assert_bf16_updates(found, *BF16[name])
+
+
+@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("stage", [0, 2])  # ZeRO 3 would replace torch's linear for the tests that come after
+def test_bf16_updates_on_one_rank_are_those_of_fp32_masters_and_gradients(tmp_path, stage, name):
+    """The same on one rank, with the micro-batches of both."""
+    init_distributed()
+    assert_bf16_updates(bf16_updates(stage, tmp_path, *BF16[name]), *BF16[name])
 
 
 @pytest.mark.parametrize("run", ["sft", "sft_zero2", "sft_zero3"])

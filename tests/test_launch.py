@@ -29,7 +29,7 @@ import group_invariant_ppo
 import ppo
 import reward_model
 import sft
-from utils.launch import deepspeed_config
+from utils.launch import deepspeed_config, print_memory_plan
 from utils.plots import plot_runs
 from utils.run import choose_folder, open_folder
 
@@ -269,11 +269,28 @@ def test_deepspeed_config_follows_the_flags(script):
     config = deepspeed_config(script.Args(zero_stage=3, offload_optimizer=True, bf16=True, max_grad_norm=0.7))
     assert config["zero_optimization"]["stage"] == 3
     assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True} and config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["gradient_clipping"] == 0.7
     config = deepspeed_config(script.Args(zero_stage=2))
     assert config["zero_optimization"] == {"stage": 2}
     assert config["bf16"] == {"enabled": False}
+    stages = {stage: deepspeed_config(script.Args(zero_stage=stage, bf16=True))["zero_optimization"]["stage"]
+              for stage in (0, 2, 3)}
+    assert stages == {0: 2, 2: 2, 3: 3}  # in bf16, DeepSpeed's ZeRO 0 sums gradients in bf16
+    assert deepspeed_config(script.Args())["zero_optimization"]["stage"] == 0
+
+
+def test_memory_plan_counts_fp32_gradients_and_names_the_stage(monkeypatch, capsys):
+    """2**20 parameters on two ranks with --bf16 at ZeRO 0: 2 MiB of weights, half of 4 MiB of gradients and of 12 MiB of
+    optimizer state, in pieces as at ZeRO 2, which a line names."""
+    monkeypatch.setattr("utils.launch.world_size", lambda: 2)
+    print_memory_plan(sft.Args(bf16=True), 2**20)
+    said, plan = capsys.readouterr().out.splitlines()
+    assert said.startswith("bf16") and "ZeRO 2" in said
+    assert "4 MiB of weights and gradients, 6 MiB of optimizer state" in plan
+    print_memory_plan(sft.Args(), 2**20)
+    (plan,) = capsys.readouterr().out.splitlines()
+    assert "8 MiB of weights and gradients, 8 MiB of optimizer state" in plan
 
 
 def test_deepspeed_config_clips_only_where_asked():

@@ -104,6 +104,18 @@ def test_flags_save_what_they_are_for():
     assert small["rollout"].peak - smaller["rollout"].peak == state - extra
 
 
+def test_bf16_has_fp32_gradients_and_zero_2_in_place_of_0():
+    """Two ranks: half of 4 bytes a parameter for gradients, of 12 for optimizer state, and weights of 2 bytes."""
+    args, _, saved, engines, sizes = planned("--bf16", ranks=2)
+    total = engines["policy"].total
+    parts, _ = plan.memory_parts(tiny_config(), args, 2, saved, engines, sizes)
+    assert args.zero_stage == 2 and engines["policy"].share == -(-total // 2) and sizes["policy"] == 2 * total
+    assert parts["gradients, from backward to step"][0] == 4 * -(-total // 2) / 2**30
+    assert parts["optimizer state"][0] == 12 * -(-total // 2) / 2**30
+    _, bf16, *_ = planned("--bf16", "--zero", "2", ranks=2)
+    assert bf16["training"].peak == planned("--bf16", ranks=2)[1]["training"].peak
+
+
 def test_a_plan_says_whether_it_fits_and_bad_input_ends_in_one_line(tmp_path, capsys):
     tiny_config().save_pretrained(tmp_path)
     for memory, words in (("0.5", "does not fit: the largest phase"), ("2", "fits: the largest phase")):

@@ -209,7 +209,7 @@ def deepspeed_config(args):
     Gradient accumulation is ours: a script calls `engine.backward(loss_sum / global_count * world_size)` for each
     micro-batch, then one `engine.step()`, so the two sizes below are only what DeepSpeed insists on.
     """
-    zero = {"stage": args.zero_stage}
+    zero = {"stage": inner_zero_stage(args)}
     if args.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
     if args.offload_optimizer:
@@ -220,6 +220,7 @@ def deepspeed_config(args):
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0 if clips_itself(args) else args.max_grad_norm,  # [detail 44] not DeepSpeed's 1.0
         "bf16": {"enabled": args.bf16},  # [detail 8] bf16 weights with fp32 master weights and optimizer state
+        "data_types": {"grad_accum_dtype": "fp32"},  # else the sum over micro-batches is rounded to bf16 each time
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW offloads too, and needs no compiler
         "zero_allow_untested_optimizer": True,
@@ -227,9 +228,14 @@ def deepspeed_config(args):
     }
 
 
+def inner_zero_stage(args):
+    """DeepSpeed's stage. With bf16, 0 is 2 inside: at 0 it accumulates in bf16, and starts with a dummy Adam step."""
+    return args.zero_stage or (2 if args.bf16 else 0)
+
+
 def clips_itself(args):
     """Plain fp32 at ZeRO 0, where DeepSpeed reports no gradient norm: `create_engine` measures and clips there."""
-    return args.zero_stage == 0 and not args.bf16
+    return inner_zero_stage(args) == 0
 
 
 def create_engine(model, optimizer, args):
@@ -282,10 +288,13 @@ def note_small_lr(lr, default, parameters):
 
 def print_memory_plan(args, trained, frozen=0):
     """Print the bytes per rank of weights, gradients and Adam state for these numbers of parameters."""
-    shards = world_size() if args.zero_stage >= 2 else 1
+    stage = inner_zero_stage(args)
+    if stage != args.zero_stage:
+        print0(f"{'bf16':<22}at ZeRO {stage} inside: DeepSpeed's ZeRO {args.zero_stage} has no fp32 gradients in bf16")
+    shards = world_size() if stage >= 2 else 1
     weight, state = (2, 12) if args.bf16 else (4, 8)  # Adam's two moments, and with bf16 the fp32 master weights
-    weights = trained * weight / (shards if args.zero_stage == 3 else 1) + frozen * weight
-    gradients, optimizer = trained * weight / shards, trained * state / shards
+    weights = trained * weight / (shards if stage == 3 else 1) + frozen * weight
+    gradients, optimizer = trained * 4 / shards, trained * state / shards  # gradients are accumulated in fp32
     where = "in CPU memory" if args.offload_optimizer else "on the same device"
     print0(f"{'memory per rank':<22}{(weights + gradients) / 2**20:,.0f} MiB of weights and gradients, "
            f"{optimizer / 2**20:,.0f} MiB of optimizer state ({where}), and activations")

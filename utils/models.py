@@ -117,9 +117,7 @@ def load_causal_lm(path, flag, tokenizer, bf16=False):
         fail(f"{flag} {path}: {type(model).__name__} is of an encoder family, whose tokens see the tokens after them. "
              "Give a decoder (GPT-NeoX, GPT-2, Llama, Qwen, Mistral, Gemma, ...)")
     _check_complete(loaded, path, flag)
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends = ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
+    ends = terminator_ids(tokenizer)
     model.generation_config = GenerationConfig(  # token ids alone: stored sampling settings would be saved again
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0])
