@@ -18,7 +18,7 @@ import torch.distributed as dist
 AT_LEAST_1 = {
     "epochs", "batch_size", "micro_batch_size", "rollout_batch_size", "total_episodes", "num_ppo_epochs",
     "num_minibatches", "response_length", "max_length", "max_prompt_length", "num_eval_prompts", "eval_every",
-    "save_every", "log_every", "num_prompts", "judge_parallel", "episodes_per_prompt"}
+    "save_every", "log_every", "eval_batch_size", "num_prompts", "judge_parallel", "episodes_per_prompt"}
 AT_LEAST_0 = {
     "seed", "num_samples", "pack_length", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef",
     "vf_coef", "cliprange", "cliprange_value", "nll_coef", "judge_budget", "score_clip", "beta_critic", "beta_policy",
