@@ -62,6 +62,8 @@ class Args:
     """held-out preferences, one or more, each evaluated apart. Paper: TL;DR validation and CNN/DM"""
     demonstrations: str = "assets/data/train.jsonl"
     """their scores average 0 after training; columns {prompt, completion}. Paper: the SFT train split"""
+    columns: tuple[str, ...] = ()
+    """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_length: int = 64
     """tokens of prompt + completion + EOS; longer rows are dropped and counted. Paper: 638, CNN/DM 2021"""
     max_prompt_length: int = 512
@@ -143,7 +145,8 @@ def load_pairs(path, flag, tokenizer, args):
     kept = [pair for pair in pairs if row_length(pair, False) <= args.max_length]
     describe(flag, path, [row_length(pair, False) for pair in kept],
              {"chosen equal to rejected": len(rows) - len(different),
-              f"over {args.max_length} tokens": len(pairs) - len(kept)})
+              f"over {args.max_length} tokens": len(pairs) - len(kept)},
+             [row_length(pair, False) for pair in pairs])
     return kept
 
 
@@ -153,7 +156,7 @@ def load_demonstrations(path, flag, tokenizer, args):
     encoded = [encode(row["prompt"], row["completion"], tokenizer) for row in rows]
     kept = [ids for ids in encoded if len(ids) <= args.max_length]
     dropped = {f"over {args.max_length} tokens": len(encoded) - len(kept)}
-    describe(flag, path, [len(ids) for ids in kept], dropped)
+    describe(flag, path, [len(ids) for ids in kept], dropped, [len(ids) for ids in encoded])
     return kept
 
 

@@ -28,7 +28,7 @@ FLAGS = dict(
     gradient_checkpointing=True, timeout_minutes=3.0)
 CASES = {"shared": dict(share_prefix=True), "plain": dict(share_prefix=False)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
+    "allow_pickle", "columns", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
     "train_data", "eval_data", "demonstrations", "output_dir"}
 STEPS, EVALUATIONS, LOGGED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9]  # 22 pairs: 8, 8, 6; three times
 POST = ["I was at home.", "She came to see me.", "We were happy, and then she went away."]
