@@ -322,6 +322,7 @@ BROKEN = {
     "chosen_alone": (WHOLE_PAIR, {"prompt": "Hello", "chosen": [GOOD], "rejected": [BAD]}, "of one message, by assistant"),
     "empty_prompt": (PROMPT_PAIR, {**PROMPT_PAIR, "prompt": []}, "prompt is an empty conversation"),
     "list_of_texts": (MESSAGES, {"messages": ["Hello.", "Good day."]}, "must hold messages {role, content}, found 'Hello.'"),
+    "text_messages": (MESSAGES, {"messages": json.dumps([USER, GOOD])}, "must be a list of {role, content}, and is text"),
     "no_role": (MESSAGES, {"messages": [{"content": "Hello."}, GOOD]}, "role of a message must be text, found None"),
     "sharegpt_question_last": (MESSAGES, {"messages": [{"from": "human", "value": "a"}] * 2}, "not the assistant's"),
     "other_name": (MESSAGES, {"messages": [USER, {"role": "bot", "content": "a"}]}, "not the assistant's"),
@@ -377,13 +378,27 @@ SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Good
 
 
 @pytest.mark.parametrize("row", [{"messages": SHAREGPT}, {"messages": [
-    {"role": {"user": "prompter"}.get(m["role"], m["role"]), "content": m["content"]} for m in MESSAGES["messages"]]}],
-    ids=["from and value", "prompter"])
+    {"role": {"user": "prompter"}.get(m["role"], "Assistant"), "content": m["content"]} for m in MESSAGES["messages"]]}],
+    ids=["from and value", "prompter"])  # and small letters
 def test_other_names_in_messages_mean_the_usual_ones(row):
     """ShareGPT's from and value, and oasst's prompter, give the row of role and content, user and assistant."""
     chat = chat_tokenizer(True)
     found, expected = standard_row(row, chat, 512), standard_row(MESSAGES, chat, 512)
     assert (found["prompt"], found["completion"]) == (expected["prompt"], expected["completion"])
+
+
+def test_a_column_of_messages_is_named_in_the_refusal(tmp_path, capsys):
+    """A conversation under another name: the line says the flag that makes it messages, and so it is read."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "conversations": SHAREGPT}])
+    with pytest.raises(SystemExit):
+        load_rows(path, "--train_data", [("prompt", "completion"), ("text",)], chat_tokenizer(True))
+    assert "{id, conversations}" in (error := capsys.readouterr().err) and error.endswith("--columns messages=conversations\n")
+    args = sft.Args(model="no such folder", train_data=path, columns=("messages=conversations",))
+    with pytest.raises(SystemExit):
+        sft.main(args)
+    row, = load_rows(path, "--train_data", [("prompt", "completion")], chat_tokenizer(True))
+    assert row["completion"] == standard_row(MESSAGES, chat_tokenizer(True), 512)["completion"]
+    sft.check_flags(sft.Args())
 
 
 @pytest.mark.parametrize("row, names", [

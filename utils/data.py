@@ -73,8 +73,9 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
     wanted = next((names for names in columns if set(names) <= set().union(*rows)), None)
     if wanted is None:
         talk = next((name for name, value in rows[0].items() if isinstance(value, list) and value and isinstance(
-            value[0], dict)), None)
-        give = f"messages={talk}" if talk else " ".join(f"{name}=YOURS" for name in columns[0] if name not in rows[0])
+            value[0], dict) and {"role", "from"} & set(value[0])), None)
+        give = f"messages={talk}" if talk and "chosen" not in columns[0] else " ".join(
+            f"{name}=YOURS" for name in columns[0] if name not in rows[0])
         fail(f"{flag} {path}: found the columns {{{found}}}; understood are {understood}, the same as messages, and "
              f"the layouts in utils/formats.py. Say which columns are these with --columns {give}")
     others = {name for names in columns for name in names} - set(wanted)

@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # [detail 2] no space at the end
 CNNDM = "Article:\n{article}\n\nTL;DR:\n"
 CNNDM_PROMPT_LENGTH = 1919  # [detail 4] tokens, where TL;DR has 512
-ROLES = {"human": "user", "prompter": "user", "gpt": "assistant"}  # other names of the usual ones
+ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system"}  # names of the usual roles, in small letters
 CNNDM_BATCHES = {"batch0_cnndm", "cnndm0", "cnndm2"}  # [detail 6] not of TL;DR: an evaluation set of their own
 
 
@@ -150,6 +151,8 @@ def alpaca(row):
 def usual_messages(row):
     """A row whose conversations have the keys role and content, and the usual names of roles."""
     row = dict(row)
+    if isinstance(row.get("messages"), str):
+        raise ValueError("messages must be a list of {role, content}, and is text")
     for name in ("messages", "prompt", "completion", "chosen", "rejected"):
         if not isinstance(row.get(name), list):
             continue
@@ -160,7 +163,9 @@ def usual_messages(row):
             raise ValueError(f"{name}: a list must hold messages {{role, content}}, found {wrong!r:.60}")
         messages = [{"role": message["from"], "content": message.get("value")} if message.get("from") else message
                     for message in row[name]]
-        row[name] = [{**message, "role": ROLES.get(message.get("role"), message.get("role"))} for message in messages]
+        roles = [message.get("role") for message in messages]
+        row[name] = [{**message, "role": ROLES.get(role.lower(), role) if isinstance(role, str) else role}
+                     for message, role in zip(messages, roles)]
         is_whole = name == "messages" or name in ("chosen", "rejected") and not isinstance(row.get("prompt"), list)
         if is_whole and len(messages) < 2:
             raise ValueError(f"{name} is a conversation of one message, by {row[name][0]['role']}. It needs a question "
