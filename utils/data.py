@@ -457,8 +457,9 @@ def describe(name, path, lengths, dropped, needed, limit="--max_length"):
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none"
     too_long = sum(count for reason, count in dropped.items() if reason.startswith("over "))
     if not lengths:
-        remedy = f". The shortest row has {min(needed)} tokens, the longest {max(needed)}: raise {limit}"
-        fail(f"{name} {path}: no row is left (dropped: {reasons}){remedy if too_long else ''}")
+        remedy = "" if not too_long else (
+            f". The shortest row has {min(needed)} tokens, the longest {max(needed)}: raise {limit}")
+        fail(f"{name} {path}: no row is left (dropped: {reasons}){remedy}")
     if 2 * too_long >= len(needed):
         print0(f"warning: {name} {path}: {too_long:,} of {len(needed):,} rows are too long and left out. {limit} "
                f"{math.ceil(np.percentile(needed, 95))} would keep 95 % of them, {limit} {max(needed)} all")
