@@ -77,6 +77,8 @@ class Args:
     """held-out prompts to continue; column {prompt}"""
     gold_function: str | None = "assets.vader:positive"
     """module:name of a Python function (queries, responses) -> scores that only watches; None: no judge"""
+    columns: tuple[str, ...] = ()
+    """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_prompt_length: int = 32
     """tokens; longer prompts to continue are dropped and counted, TL;DR posts cut (detail 2). Paper: 1,000"""
     max_length: int = 64
@@ -176,19 +178,20 @@ def load_preferences(path, flag, tokenizer, args):
     """
     rows = load_rows(path, flag, [("prompt", "chosen", "rejected")], tokenizer, args.max_prompt_length)
     different = [row for row in rows if row["chosen"] != row["rejected"]]
-    pairs, dropped = [], {"chosen equal to rejected": len(rows) - len(different), "empty": 0,
-                          f"over {args.max_length} tokens": 0}
+    pairs, needed, dropped = [], [], {"chosen equal to rejected": len(rows) - len(different), "empty": 0,
+                                  f"over {args.max_length} tokens": 0}
     for row in different:
         (prompt, chosen), (_, rejected) = (  # [E1] tokenised apart, joined as ids
             encode_texts(row["prompt"], row[side], tokenizer, row.get(f"{side}_finished") is not False)
             for side in ("chosen", "rejected"))
+        needed.append(len(prompt) + max(len(chosen), len(rejected)))
         if not (prompt and chosen and rejected):
             dropped["empty"] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > args.max_length:  # [W4] a cut would lose the end
             dropped[f"over {args.max_length} tokens"] += 1
         else:
             pairs.append(Pair(prompt, chosen, rejected, row))
-    describe(flag, path, [row_length(pair, False) for pair in pairs], dropped)
+    describe(flag, path, [row_length(pair, False) for pair in pairs], dropped, needed)
     return pairs
 
 

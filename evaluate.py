@@ -67,6 +67,8 @@ class Args:
     """.jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt}, and {completion} where there are references"""
     num_prompts: int = 500
     """of them, from the first one on. Paper: all 6,447"""
+    columns: tuple[str, ...] = ()
+    """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_prompt_length: int = 32
     """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). Paper: 512"""
     pairs: Literal["all", "references"] = "all"

@@ -71,6 +71,8 @@ class Args:
     """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. N+: the SFT train split"""
     eval_prompts: str = "assets/data/validation.jsonl"
     """held-out prompts"""
+    columns: tuple[str, ...] = ()
+    """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_prompt_length: int = 32
     """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). N+: 512"""
 

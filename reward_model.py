@@ -43,8 +43,8 @@ from utils.launch import all_sum, check_batch_size, check_flags, create_engine, 
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
 from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
 from utils.packing import check_mask, packed_inputs, share_prefix, shared_length
-from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
-from utils.run import open_folder, save_checkpoint, stop_if_not_finite
+from utils.run import Interrupted, Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint
+from utils.run import model_card, open_folder, save_checkpoint, stop_if_not_finite
 from utils.statistics import accuracy, calibration, clustered_interval
 from utils.tokens import encode_texts, show_example, the_terminator
 
@@ -63,6 +63,8 @@ class Args:
     """held-out preferences, one or more, each evaluated apart. Paper: TL;DR validation and CNN/DM"""
     demonstrations: str = "assets/data/train.jsonl"
     """their scores average 0 after training; columns {prompt, completion}. Paper: the SFT train split"""
+    columns: tuple[str, ...] = ()
+    """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_length: int = 64
     """tokens of prompt + completion + EOS; longer rows are dropped and counted. Paper: 638, CNN/DM 2021"""
     max_prompt_length: int = 512
@@ -92,6 +94,8 @@ class Args:
     # evaluation
     eval_every: int = 50
     """optimizer steps between evaluations (there is one before the first and after the last)"""
+    eval_batch_size: int = 64
+    """sequences per forward and rank where nothing is trained; changes memory and speed, not the scores"""
     accuracy_by: tuple[str, ...] = ()
     """columns of eval_data to group the accuracy by: batch, split, confidence, policies, ... (detail 16)"""
 
@@ -141,7 +145,8 @@ def load_pairs(path, flag, tokenizer, args):
     kept = [pair for pair in pairs if row_length(pair, False) <= args.max_length]
     describe(flag, path, [row_length(pair, False) for pair in kept],
              {"chosen equal to rejected": len(rows) - len(different),
-              f"over {args.max_length} tokens": len(pairs) - len(kept)})
+              f"over {args.max_length} tokens": len(pairs) - len(kept)},
+             [row_length(pair, False) for pair in pairs])
     return kept
 
 
@@ -151,7 +156,7 @@ def load_demonstrations(path, flag, tokenizer, args):
     encoded = [encode(row["prompt"], row["completion"], tokenizer) for row in rows]
     kept = [ids for ids in encoded if len(ids) <= args.max_length]
     dropped = {f"over {args.max_length} tokens": len(encoded) - len(kept)}
-    describe(flag, path, [len(ids) for ids in kept], dropped)
+    describe(flag, path, [len(ids) for ids in kept], dropped, [len(ids) for ids in encoded])
     return kept
 
 
@@ -263,22 +268,28 @@ def accuracy_by_column(correct, rows, column):
 
 @torch.no_grad()
 def score_sequences(engine, sequences, pad_id, batch_size):
-    """Scores of token-id sequences that end with EOS, each computed once over all ranks: list of floats."""
+    """Scores of token-id sequences that end with EOS, each computed once over all ranks: list of floats.
+
+    Raises Interrupted on every rank at the first batch after a SIGTERM to any of them.
+    """
     def score(some):
+        if interrupted(engine.device):
+            raise Interrupted
         ids, mask = pad([sequence or [0] for sequence in some], pad_id, "right", engine.device)
         return at_last_token(engine(ids, mask), mask).tolist()
 
     return over_ranks(score, sequences, len, batch_size, "scores", even=True)
 
 
-def evaluate(engine, pairs, tokenizer, args):
+def evaluate(engine, pairs, tokenizer, args, shuffle=False):
     """Accuracy on held-out pairs, beside two baselines.
 
-    longer_wins: choose the longer completion. A useful reward model beats it. shuffled_prompts: the same model, each
-    pair under the prompt of another. Where this is as accurate, the model reads completions alone.
+    longer_wins: choose the longer completion. A useful reward model beats it. shuffled_prompts (where shuffle
+    asks for it): the same model, each pair under the prompt of another. Where this is as accurate, the model
+    reads completions alone.
     """
     def score(sequences):
-        return score_sequences(engine, sequences, tokenizer.pad_token_id, 2 * args.micro_batch_size)
+        return score_sequences(engine, sequences, tokenizer.pad_token_id, args.eval_batch_size)
 
     chosen, rejected, rows = zip(*pairs)
     prompts = [row["prompt"] for row in rows]
@@ -288,21 +299,23 @@ def evaluate(engine, pairs, tokenizer, args):
         fail("a held-out score is not finite: the weights have gone wrong. Start anew with a lower --lr")
     correct = accuracy(chosen_scores, rejected_scores)
     distinct = sorted(set(prompts))
-    other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never a pair's own prompt, unless it is alone
-    strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")]
-                 for row in rows]
-    strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length]
-    strangers = strangers or [pair[:2] for pair in pairs]  # none fits: this baseline then equals the accuracy
-    shuffled = accuracy(*(score(sequences) for sequences in zip(*strangers)))
-    lengths = [len(ids) for ids in chosen + rejected]
+    prompt_length = {prompt: len(tokenizer(prompt).input_ids) for prompt in distinct}
+    lengths = [len(ids) - prompt_length[prompt] for ids, prompt in zip(chosen + rejected, prompts * 2)]
     varied = len(set(lengths)) > 1 and len(set(all_scores)) > 1  # else there is no correlation
     low, high = clustered_interval(correct, prompts)
     metrics = {
         "accuracy": correct.mean(), "accuracy_low": low, "accuracy_high": high,
         "longer_wins": accuracy([len(ids) for ids in chosen], [len(ids) for ids in rejected]).mean(),
-        "shuffled_prompts": shuffled.mean(),
         "score_length_correlation": np.corrcoef(lengths, all_scores)[0, 1] if varied else 0.0,
         "chosen_rewards": np.mean(chosen_scores), "rejected_rewards": np.mean(rejected_scores)}
+    if shuffle:
+        distinct = [distinct[i] for i in permutation(len(distinct), args.seed)]
+        other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never the own prompt, unless it is alone
+        strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")]
+                     for row in rows]
+        strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length]
+        strangers = strangers or [pair[:2] for pair in pairs]  # none fits: this then equals the accuracy
+        metrics["shuffled_prompts"] = accuracy(*(score(sequences) for sequences in zip(*strangers))).mean()
     samples = [{"query": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
                 "chosen_score": good, "rejected_score": bad}
                for row, good, bad in zip(rows, chosen_scores, rejected_scores)]
@@ -349,8 +362,9 @@ def main(args: Args):
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = int(args.warmup_ratio * total_steps)
-    state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
-    tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
+    state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {
+        "step": 0, "evaluated": False}
+    tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0, state["evaluated"])
     print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "
            f"{device.type}")
     print0(f"{'plan':<22}{total_steps} steps of {args.batch_size} pairs = {args.epochs} epochs; to {folder}")
@@ -359,18 +373,28 @@ def main(args: Args):
 
     def evaluate_all(step):
         metrics, samples, calibrations = {}, [], {}
-        for name, pairs in held_out.items():
-            figures, rows, calibrations[name] = evaluate(engine, pairs, tokenizer, args)
-            metrics |= {f"eval/{name}/{key}": value for key, value in figures.items()}
-            samples += rows[:10]
-            print0(f"{step:>6}/{total_steps}  {name}: accuracy {figures['accuracy']:.3f} "
-                   f"[{figures['accuracy_low']:.3f}, {figures['accuracy_high']:.3f}]; longer wins "
-                   f"{figures['longer_wins']:.3f}, prompts shuffled {figures['shuffled_prompts']:.3f}")
+        try:
+            for name, pairs in held_out.items():
+                figures, rows, calibrations[name] = evaluate(
+                    engine, pairs, tokenizer, args, shuffle=step == total_steps)
+                metrics |= {f"eval/{name}/{key}": value for key, value in figures.items()}
+                samples += rows[:10]
+                print0(f"{step:>6}/{total_steps}  {name}: accuracy {figures['accuracy']:.3f} "
+                       f"[{figures['accuracy_low']:.3f}, {figures['accuracy_high']:.3f}]; longer wins "
+                       f"{figures['longer_wins']:.3f}" + (
+                           f", prompts shuffled {figures['shuffled_prompts']:.3f}" if step == total_steps else ""))
+        except Interrupted:  # by SIGTERM: the resumed run evaluates this step from the beginning
+            save_checkpoint(folder, step, {"model": engine}, {**state, "evaluated": False})
+            leave_interrupted(folder, step)
         tracker.samples(step, samples)
-        return tracker.log(step, metrics), calibrations
+        state["after"], state["calibration"] = tracker.log(step, metrics), calibrations
+        state["evaluated"] = True
 
-    if state["step"] == 0:
-        state["before"], _ = evaluate_all(0)
+    if not state["evaluated"]:  # at the start of a run, or of one that was interrupted while it evaluated
+        evaluate_all(state["step"])
+        state.setdefault("before", state["after"])
+        if state["step"]:
+            save_checkpoint(folder, state["step"], {"model": engine}, state)
 
     # 3. train
     clock, tokens = time.time(), 0
@@ -406,16 +430,19 @@ def main(args: Args):
             tracker.line(step, total_steps, loss=(float(loss), ".4f"), accuracy=(float(correct), ".3f"),
                          lr=(lr, ".2e"), tokens_per_s=(rate, ",.0f"))
         if step % args.eval_every == 0 or step == total_steps:
-            after, calibrations = evaluate_all(step)
+            evaluate_all(step)
         stop = interrupted(device)  # by SIGTERM
-        if (stop or step % args.save_every == 0) and step < total_steps:
-            save_checkpoint(folder, step, {"model": engine}, {"before": state["before"]})
-            if stop:
-                leave_interrupted(folder, step)
+        if stop or step % args.save_every == 0 or step == total_steps:
+            save_checkpoint(folder, step, {"model": engine}, state)
+        if stop:
+            leave_interrupted(folder, step)
 
     # 5. normalise: the demonstrations average 0 from now on [detail 15]
-    scores = np.array(score_sequences(
-        engine, demonstrations, tokenizer.pad_token_id, 2 * args.micro_batch_size))
+    try:
+        scores = np.array(score_sequences(
+            engine, demonstrations, tokenizer.pad_token_id, args.eval_batch_size))
+    except Interrupted:  # by SIGTERM: the checkpoint of the last step is there
+        leave_interrupted(folder, total_steps)
     model.config.reward_mean = float(scores.mean())
     print0(f"{'reward_mean':<22}{scores.mean():.4f} over {len(scores):,} demonstrations (standard deviation "
            f"{scores.std():.4f}), subtracted from now on")
@@ -425,7 +452,7 @@ def main(args: Args):
     model_card(folder, "reward_model.py", args.model, args.train_data, [
         f"Its logit averages {scores.mean():.6f} over `{args.demonstrations}`. That is `reward_mean` in",
         "config.json; our scripts subtract it, other tools see the logit as it is."])
-    tracker.close({"before": state["before"], "after": after, "calibration": calibrations,
+    tracker.close({"before": state["before"], "after": state["after"], "calibration": state["calibration"],
                    "reward_mean": float(scores.mean()), "reward_std": float(scores.std())})
     print0(f"saved {folder}")
     finish()

@@ -57,6 +57,8 @@ class Args:
     """demonstrations: .jsonl, .json, .csv, .parquet, folder or Hub id; {prompt, completion} or {text}"""
     eval_data: str = "assets/data/validation.jsonl"
     """held-out demonstrations, same columns"""
+    columns: tuple[str, ...] = ()
+    """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_length: int = 64
     """tokens of prompt + completion + EOS; longer rows are dropped and counted. Paper: 562"""
     max_prompt_length: int = 512
@@ -147,7 +149,7 @@ def load_demonstrations(path, flag, tokenizer, args):
     fits = [len(ids) <= args.max_length for ids, _, _ in encoded]
     kept = [item for item, ok in zip(encoded, fits) if ok and len(item[0]) - item[1] > 1]  # more than EOS
     dropped = {f"over {args.max_length} tokens": fits.count(False), "empty": sum(fits) - len(kept)}
-    describe(flag, path, [len(ids) for ids, _, _ in kept], dropped)
+    describe(flag, path, [len(ids) for ids, _, _ in kept], dropped, [len(ids) for ids, _, _ in encoded])
     return kept
 
 
@@ -250,6 +252,10 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_demonstrations(args.train_data, "--train_data", tokenizer, args)
     held_out = load_demonstrations(args.eval_data, "--eval_data", tokenizer, args)
+    for flag, items in (("train_data", train), ("eval_data", held_out)):
+        if args.completion_only and "completion" not in items[0][2]:
+            fail(f"--completion_only: --{flag} {getattr(args, flag)} has {{text}} alone, and so no prompt to leave "
+                 "out. Give it columns {prompt, completion} or messages, or leave out --completion_only")
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
     decoding_copy = None  # at ZeRO 3 the model is in pieces: a whole copy to decode with
     if args.zero_stage == 3:

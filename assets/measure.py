@@ -55,7 +55,7 @@ def reward_model_figures():
     sets = {split: load_pairs(str(ASSETS / "data" / f"preferences_{split}.jsonl"), split, tokenizer, RewardArgs())
             for split in ("validation", "persuasion")}
     for name, pairs in {**sets, "both": sets["validation"] + sets["persuasion"]}.items():
-        metrics, _, _ = evaluate(model, pairs, tokenizer, RewardArgs())
+        metrics, _, _ = evaluate(model, pairs, tokenizer, RewardArgs(), shuffle=True)
         print(f"reward model {name} ({len(pairs)} pairs): " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
 
 

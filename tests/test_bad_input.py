@@ -423,6 +423,7 @@ def test_wrong_columns_lists_found_and_understood(script, flag, understood, inpu
     data = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Is it?", "answer": "It is."}])
     message = refused(script, with_data(script, inputs, flag, data, tmp_path / "out"))
     assert f"--{flag} {data}" in message and "{question, answer}" in message and understood in message
+    assert message.endswith(f"with --columns {' '.join(f'{name}=YOURS' for name in understood.split('}')[0][1:].split(', '))}")
 
 
 @pytest.mark.parametrize("value", [7, None, ["She was"], {"text": "She was"}], ids=str)
@@ -430,7 +431,8 @@ def test_value_that_is_not_text_names_its_row(value, inputs, tmp_path, refused):
     """A value that is not text is reported with its row and column."""
     data = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], {**ROWS[1], "completion": value}, ROWS[2]])
     message = refused(sft, with_data(sft, inputs, "train_data", data, tmp_path / "out"))
-    assert f"--train_data {data}, row 2" in message and "'completion' must be text" in message
+    words = "completion: a list must hold messages" if isinstance(value, list) else "'completion' must be text"
+    assert f"--train_data {data}, row 2" in message and words in message
 
 
 def test_column_missing_in_one_row_names_it(inputs, tmp_path, refused):
@@ -449,10 +451,11 @@ def test_all_rows_over_the_limit_are_refused(script, flag, limit, inputs, tmp_pa
     """Where every row is over the length limit, the line counts them and names flag and limit."""
     words = " and on" * 60
     data = write_jsonl(tmp_path / "rows.jsonl", [
-        {"prompt": words, "completion": ".", "chosen": f"{i}.", "rejected": "!"} for i in range(3)])
+        {"prompt": words, "completion": "0.", "chosen": f"{i}.", "rejected": "!"} for i in range(3)])
     message = refused(script, with_data(script, inputs, flag, data, tmp_path / "out", **{limit: 20}))
     assert f"--{flag}" in message and data in message and "no row is left" in message
-    assert "3 over 20 tokens" in message
+    longest = 120 + (len(TOKENIZER("2.").input_ids) + 1) * (limit == "max_length")  # and EOS
+    assert "3 over 20 tokens" in message and f"the longest {longest}: raise --{limit}" in message
 
 
 @pytest.mark.parametrize("script", [reward_model, dpo], ids=lambda script: script.__name__)
@@ -476,6 +479,26 @@ def test_rows_over_the_limit_are_dropped_and_counted(script, flag, limit, inputs
     assert len(getattr(script, load)(data, f"--{flag}", tokenizer, args)) == 3
     line = capsys.readouterr().out
     assert f"--{flag}" in line and data in line and "3 rows (dropped: 1 over 30 tokens)" in line
+
+
+@pytest.mark.parametrize("script, flag, limit", named([
+    (sft, "train_data", "max_length"), (reward_model, "demonstrations", "max_length"),
+    (reward_model, "train_data", "max_length"), (ppo, "prompts", "max_prompt_length"), (dpo, "eval_data", "max_length")]))
+def test_most_rows_over_the_limit_are_a_warning_of_its_own(script, flag, limit, inputs, tmp_path, capsys):
+    """Where half of the rows or more are too long, a line says which flag at which value keeps 95 % of them, and all."""
+    for few, many in ((20, 20), (21, 19)):
+        rows = [{"prompt": " and" * n, "completion": "." * m, "chosen": "." * m, "rejected": "!"} for n, m in [(1, 1)] * few + [
+            (21 + i, 2) for i in range(many)]]
+        data = write_jsonl(tmp_path / "rows.jsonl", rows)
+        args = with_data(script, inputs, flag, data, tmp_path / f"out{few}", **{limit: 20})
+        script.main(args)
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+        if few > many:
+            assert lines == []
+            continue
+        more = 1 + len(TOKENIZER("..").input_ids) if limit == "max_length" else 0
+        assert lines == [f"warning: --{flag} {data}: 20 of 40 rows are too long and left out. --{limit} {39 + more} would keep "
+                         f"95 % of them, --{limit} {40 + more} all"]
 
 
 def test_equal_pairs_are_dropped_and_counted(inputs, tmp_path, capsys):
@@ -544,6 +567,84 @@ def test_load_rows_keeps_words_that_look_like_missing_values(tmp_path):
     rows = [{"prompt": word, "completion": f" {word}."} for word in ("None", "NA", "null", "She")]
     datasets.Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
     assert load_rows(str(tmp_path / "rows.csv"), "--train_data", [("prompt", "completion")], TOKENIZER) == rows
+
+
+# ---- Columns by other names -------------------------------------------------------------------------------
+
+THEIRS = [{"question": row["prompt"], "answer": row["completion"], "good": row["chosen"], "bad": row["rejected"], "id": i}
+          for i, row in enumerate(ROWS)]
+COLUMNS = ("prompt=question", "completion=answer", "chosen=good", "rejected=bad")
+MAIN_FLAGS = [(script, "prompts" if hasattr(script.Args, "prompts") else "train_data") for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_columns_gives_the_run_of_the_renamed_file(script, inputs, finished_runs, tmp_path, capsys):
+    """A file with other names of columns, and --columns, trains the bits of the file with ours; the other files stay."""
+    flag = dict(MAIN_FLAGS)[script]
+    data = write_jsonl(tmp_path / "rows.jsonl", THEIRS)
+    columns = COLUMNS[:2] if script in (sft, ppo, group_invariant_ppo, evaluate) else (COLUMNS[0], *COLUMNS[2:])
+    changes = dict(cache=str(tmp_path / "cache")) if script is evaluate else {}
+    script.main(with_data(script, inputs, flag, data, tmp_path / "out", columns=columns, **changes))
+    said, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("--columns"))
+    assert f"{data}: prompt = question, " in said and said.endswith(
+        "the other columns: good, bad, id" if columns == COLUMNS[:2] else "the other columns: answer, id")
+    for name in ("model.safetensors", "metrics.jsonl"):
+        if (finished_runs / script.__name__ / name).exists():
+            assert (tmp_path / "out" / name).read_bytes() == (finished_runs / script.__name__ / name).read_bytes()
+
+
+@pytest.mark.parametrize("columns, words", [
+    (("prompt",), "--columns prompt: write our name, ="), (("=question",), "--columns =question: write our name, ="),
+    (("prompt=",), "--columns prompt=: write our name, ="),
+    (("prompt=question", "prompt=answer"), "--columns prompt=answer: prompt stands there twice"),
+    (("prompt=question", "completion=question"), "--columns completion=question: question stands there twice")], ids=str)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_columns_that_say_nothing_are_refused(script, columns, words, inputs, tmp_path, refused):
+    """A pair that is not ours=yours, or a name twice, ends in one line."""
+    assert words in refused(script, good_args(script, inputs, output_dir=str(tmp_path / "out"), columns=columns))
+
+
+@pytest.mark.parametrize("script, flag", named(MAIN_FLAGS))
+def test_columns_that_the_file_lacks_are_refused(script, flag, inputs, tmp_path, refused):
+    """In the training data or the prompts, a name that is not there is refused with those that are."""
+    data = write_jsonl(tmp_path / "rows.jsonl", THEIRS)
+    columns = tuple(pair.replace("question", "questions") for pair in COLUMNS)
+    message = refused(script, with_data(script, inputs, flag, data, tmp_path / "out", columns=columns))
+    assert f"--columns prompt=questions: --{flag} {data} has no column 'questions'. Found: question, answer" in message
+
+
+def test_columns_onto_a_column_that_is_there_are_refused(inputs, tmp_path, refused):
+    """Two columns of one name are refused; the line says how to put the other one aside, and that works."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{**row, "prompt": "x"} for row in THEIRS])
+    args = with_data(sft, inputs, "train_data", data, tmp_path / "out", columns=COLUMNS[:2])
+    message = refused(sft, args)
+    assert f"--columns prompt=question: --train_data {data} has a column 'prompt' already" in message
+    assert message.endswith("--columns prompt=question other=prompt")
+    sft.main(dataclasses.replace(args, columns=(*COLUMNS[:2], "other=prompt")))
+
+
+def test_columns_belong_to_one_run(inputs, tmp_path, capsys):
+    """The next run in the process reads files by its own flags, pairs and demonstrations each those that they have."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{name: row[name] for name in ("question", "good", "bad")} for row in THEIRS])
+    answers = write_jsonl(tmp_path / "answers.jsonl", [{name: row[name] for name in ("question", "answer")} for row in THEIRS])
+    args = with_data(reward_model, inputs, "train_data", data, tmp_path / "out", columns=COLUMNS)
+    reward_model.main(dataclasses.replace(args, demonstrations=answers))
+    assert [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("--columns")] == [
+        "prompt = question, chosen = good, rejected = bad; the other columns: none",
+        "prompt = question, completion = answer; the other columns: none"]
+    with pytest.raises(SystemExit):
+        reward_model.main(dataclasses.replace(args, columns=(), output_dir=str(tmp_path / "next")))
+    assert "found the columns {question, good, bad}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["train_data", "eval_data"])
+def test_completion_only_needs_a_prompt(flag, inputs, tmp_path, refused):
+    """Rows of text alone have no prompt to leave out; without the flag they train."""
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": row["prompt"] + row["completion"]} for row in ROWS])
+    args = with_data(sft, inputs, flag, data, tmp_path / "out", completion_only=True)
+    message = refused(sft, args)
+    assert f"--completion_only: --{flag} {data} has {{text}} alone" in message and "{prompt, completion}" in message
+    sft.main(dataclasses.replace(args, completion_only=False))
 
 
 # ---- Sizes ------------------------------------------------------------------------------------------------

@@ -268,6 +268,20 @@ def worker(inputs, out):
             codes.append(stop.code)
         script.optimizer_step = real
         (out / f"{name}_{rank()}.json").write_text(json.dumps(codes))
+
+    # SIGTERM reaches rank 1 alone in a batch of an evaluation or of the normalisation, at ZeRO 3; then the run goes on
+    codes, real = [], reward_model.interrupted
+    for number in (3, 10, 10, None):
+        asked = []
+        reward_model.interrupted = lambda device: (asked.append(0), len(asked) == number and rank() == 1 and os.kill(
+            os.getpid(), signal.SIGTERM), real(device))[2]
+        try:
+            reward_model.main(arguments(reward_model, inputs, out / "reward_model_sigterm", zero_stage=3,
+                                        eval_batch_size=2, resume=number != 3))
+            codes.append(len(asked))
+        except SystemExit as stop:
+            codes.append(stop.code)
+    (out / f"reward_model_sigterm_{rank()}.json").write_text(json.dumps(codes))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -742,3 +756,17 @@ def test_sigterm_to_one_rank_stops_both_in_the_same_update(two, script):
     assert {row["step"] for row in read(folder / "metrics.jsonl")} == {0, 1}
     assert (folder / "checkpoints/step_0000001/sha256.json").is_file() and (folder / "INTERRUPTED").is_file()
     assert not (folder / "summary.json").exists()
+
+
+def test_sigterm_to_one_rank_stops_both_in_the_same_batch(inputs, two):
+    """reward_model.py at ZeRO 3: in the first evaluation, the last one and the normalisation. Resumed each time, it ends
+    as the run that nobody stopped."""
+    # the last process has two batches of demonstrations to score, and nothing else
+    assert [json.loads((two / f"reward_model_sigterm_{number}.json").read_text()) for number in (0, 1)] == [
+        [75, 75, 75, 2]] * 2
+    found, expected = two / "reward_model_sigterm", two / "reward_model_zero3"
+    assert_same_metrics(read(found / "metrics.jsonl"), read(expected / "metrics.jsonl"))
+    assert_same_weights(found, expected, inputs / "lm")
+    constants = [json.loads((path / "summary.json").read_text())["reward_mean"] for path in (found, expected)]
+    assert constants[0] == pytest.approx(constants[1], rel=1e-4)
+    assert not (found / "INTERRUPTED").exists()

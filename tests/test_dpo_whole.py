@@ -31,7 +31,7 @@ CASES = {
     "hinge": dict(loss="hinge", label_smoothing=0.0, lr_schedule="cosine", ref_cache="CACHE"),
     "ipo": dict(loss="ipo", label_smoothing=0.0, lr_schedule="cosine", ref_cache="CACHE", share_prefix=True)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
+    "allow_pickle", "columns", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
     "ref_model", "train_data", "eval_data", "eval_prompts", "output_dir"}
 STEPS, EVALUATIONS, LOGGED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9]  # 22 pairs: 8, 8, 6; three times
 

@@ -59,6 +59,10 @@ PROMPT_COMPLETION = {"prompt": [*EARLIER, USER], "completion": [GOOD]}
 PROMPT_PAIR = {"prompt": [*EARLIER, USER], "chosen": [GOOD], "rejected": [BAD]}
 WHOLE_PAIR = {"chosen": [*EARLIER, USER, GOOD], "rejected": [*EARLIER, USER, BAD]}
 TEXT_PROMPT_PAIR = {"prompt": "Who sat on the mat?", **WHOLE_PAIR, **MESSAGES}
+SHP_ROW = {"post_id": "1", "history": "Who sat there?", "human_ref_A": "A cat.", "human_ref_B": "A man.", "labels": 0}
+ALPACA_ROW = {"instruction": "Add.", "input": "1 1", "output": "2", "text": "Below is an instruction.\n\n### Response:\n2"}
+OASST_ROW = {"message_id": "a", "parent_id": None, "text": "Hello?", "role": "prompter", "message_tree_id": "a"}
+ORCA_PAIR = {"system": "Be brief.", "question": "Who?", "chosen": "A cat.", "rejected": "I do not know."}
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}<|{{ message['role'] }}|>\n"
@@ -146,7 +150,7 @@ def test_detail_2_prompt_that_cannot_fit_ends_the_run(tmp_path, tokenizer, capsy
     with pytest.raises(SystemExit):
         load_rows(path, "--prompts", [("prompt",)], tokenizer, 512)
     error = capsys.readouterr().err
-    assert error == f"error: --prompts {path}, row 2: prompt over 512 tokens with an empty post\n"
+    assert error == f"error: --prompts {path}, row 2: prompt over 512 tokens with an empty post (1 of 2 rows cannot be used)\n"
 
 
 def test_detail_4_cnndm_articles_have_a_budget_of_their_own(tokenizer):
@@ -318,7 +322,7 @@ BROKEN = {
     "summary_none": (TLDR_ROW, {**TLDR_ROW, "summary": None}, "not the layout that its columns promise"),
     "response_none": (PREPROCESSED_SFT, {**PREPROCESSED_SFT, "reference_response": None}, "not the layout"),
     "no_common_turn": (HH_ROW, {"chosen": "a", "rejected": "b"}, "no common beginning with '\\n\\nAssistant:'"),
-    "dialogue_none": (HH_ROW, {**HH_ROW, "rejected": None}, "not the layout that its columns promise"),
+    "dialogue_none": (HH_ROW, {**HH_ROW, "rejected": None}, "without a value: rejected"),
     "no_messages": (MESSAGES, {"messages": []}, "empty conversation"),
     "role_refused": (MESSAGES, {"messages": [{"role": "system", "content": "."}, GOOD]}, "System role not supported"),
     "question_last": (MESSAGES, {"messages": [*EARLIER, USER]}, "its last message is not the assistant's"),
@@ -326,7 +330,22 @@ BROKEN = {
     "no_content": (MESSAGES, {"messages": [USER, {**GOOD, "content": None}]}, "content of a message must be text"),
     "content_parts": (MESSAGES, {"messages": [USER, {**GOOD, "content": [{"type": "text"}]}]}, "must be text, found ["),
     "no_title": (TLDR_ROW, {**TLDR_ROW, "title": None}, "title must be text, found None"),
-    "text_for_messages": (PROMPT_COMPLETION, {**PROMPT_COMPLETION, "completion": "The cat."}, "not the layout"),
+    "text_for_messages": (PROMPT_COMPLETION, {**PROMPT_COMPLETION, "completion": "The cat."}, "Give both as text or"),
+    "messages_for_text": ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": [GOOD]}, "Give both as text or"),
+    "answer_alone": (MESSAGES, {"messages": [GOOD]}, "a conversation of one message, by assistant"),
+    "chosen_alone": (WHOLE_PAIR, {"prompt": "Hello", "chosen": [GOOD], "rejected": [BAD]}, "of one message, by assistant"),
+    "empty_prompt": (PROMPT_PAIR, {**PROMPT_PAIR, "prompt": []}, "prompt is an empty conversation"),
+    "list_of_texts": (MESSAGES, {"messages": ["Hello.", "Good day."]}, "must hold messages {role, content}, found 'Hello.'"),
+    "text_messages": (MESSAGES, {"messages": json.dumps([USER, GOOD])}, "must be a list of {role, content}, and is text"),
+    "no_role": (MESSAGES, {"messages": [{"content": "Hello."}, GOOD]}, "role of a message must be text, found None"),
+    "sharegpt_question_last": (MESSAGES, {"messages": [{"from": "human", "value": "a"}] * 2}, "not the assistant's"),
+    "other_name": (MESSAGES, {"messages": [USER, {"role": "bot", "content": "a"}]}, "not the assistant's"),
+    "sharegpt_none": (MESSAGES, {"messages": [{"from": "human", "value": None}, GOOD]}, "must be text, found None"),
+    "one_message_no_list": (PROMPT_PAIR, {"prompt": "a", "chosen": GOOD, "rejected": BAD}, "as a list of {role, content}"),
+    "shp_label": (SHP_ROW, {**SHP_ROW, "labels": 2}, "labels must be 1 (human_ref_A is preferred) or 0, found 2"),
+    "alpaca_input": (ALPACA_ROW, without(ALPACA_ROW, "text"), "--columns prompt=instruction completion=output"),
+    "alpaca_other_text": (ALPACA_ROW, {**ALPACA_ROW, "output": "Three."}, "a column text that ends with the output"),
+    "oasst": (PROMPT_COMPLETION, OASST_ROW, "a single message of a tree"),
     "other_questions": (WHOLE_PAIR, {**WHOLE_PAIR, "rejected": [USER, BAD]}, "differ before their last message"),
 }
 
@@ -351,7 +370,84 @@ def test_messages_need_a_chat_template(tmp_path, tokenizer, capsys):
     with pytest.raises(SystemExit):
         sft.load_demonstrations(path, "--train_data", tokenizer, sft.Args())
     error = capsys.readouterr().err
-    assert error == f"error: --train_data {path}, row 1: messages, and the tokenizer has no chat template\n"
+    assert error == f"error: --train_data {path}, row 1: messages, and the tokenizer has no chat template " \
+        "(1 of 1 rows cannot be used)\n"
+
+
+def test_bad_rows_are_counted(tmp_path, tokenizer, capsys):
+    """The line has the first bad row and how many there are, of a layout and of plain columns."""
+    for rows, column in (([SHP_ROW, {**SHP_ROW, "labels": 2}, SHP_ROW, {**SHP_ROW, "labels": None}], "labels must be"),
+                         ([{"prompt": "a", "chosen": text, "rejected": "c"} for text in ("b", None, "b", 7)], "'chosen'")):
+        with pytest.raises(SystemExit):
+            load_rows(write_rows(tmp_path / "rows.jsonl", rows), "--train_data", [("prompt", "chosen", "rejected")], tokenizer)
+        error = capsys.readouterr().err
+        assert "row 2: " in error and column in error and "(2 of 4 rows cannot be used; this is the first)" in error
+
+
+# ---- Flat layouts -----------------------------------------------------------------------------------------
+
+
+SHAREGPT = [{"from": "human", "value": "Hello."}, {"from": "gpt", "value": "Good day."},
+            {"from": "human", "value": "Who sat on the mat?"}, {"from": "gpt", "value": "The cat."}]
+
+
+@pytest.mark.parametrize("row", [{"messages": SHAREGPT}, {"messages": [
+    {"role": {"user": "prompter"}.get(m["role"], "Assistant"), "content": m["content"]} for m in MESSAGES["messages"]]}],
+    ids=["from and value", "prompter"])  # and small letters
+def test_other_names_in_messages_mean_the_usual_ones(row):
+    """ShareGPT's from and value, and oasst's prompter, give the row of role and content, user and assistant."""
+    chat = chat_tokenizer(True)
+    found, expected = standard_row(row, chat, 512), standard_row(MESSAGES, chat, 512)
+    assert (found["prompt"], found["completion"]) == (expected["prompt"], expected["completion"])
+
+
+def test_a_column_of_messages_is_named_in_the_refusal(tmp_path, capsys):
+    """A conversation under another name: the line says the flag that makes it messages, and so it is read."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"id": 1, "conversations": SHAREGPT}])
+    with pytest.raises(SystemExit):
+        load_rows(path, "--train_data", [("prompt", "completion"), ("text",)], chat_tokenizer(True))
+    assert "{id, conversations}" in (error := capsys.readouterr().err) and error.endswith("--columns messages=conversations\n")
+    args = sft.Args(model="no such folder", train_data=path, columns=("messages=conversations",))
+    with pytest.raises(SystemExit):
+        sft.main(args)
+    row, = load_rows(path, "--train_data", [("prompt", "completion")], chat_tokenizer(True))
+    assert row["completion"] == standard_row(MESSAGES, chat_tokenizer(True), 512)["completion"]
+    sft.check_flags(sft.Args())
+
+
+@pytest.mark.parametrize("row, names", [
+    (ORCA_PAIR, ("chosen", "rejected")),
+    ({**without(ORCA_PAIR, "question"), "input": "Who?", "order": ["a"]}, ("chosen", "rejected")),
+    ({"system_prompt": "Be brief.", "question": "Who?", "response": "A cat."}, ("completion",))],
+    ids=["Intel", "argilla", "OpenOrca"])
+def test_orca_rows_go_through_the_template(row, names, tokenizer):
+    """System text and question are the prompt; without a template the line says what to do; no system text, no turn."""
+    chat = chat_tokenizer(False)
+    chat.chat_template = TEMPLATE.replace("raise_exception('System role not supported')", "'~'")
+    found = standard_row(row, chat, 512)
+    assert found["prompt"] == "<s>~<|system|>\nBe brief.\n<|user|>\nWho?\n<|assistant|>\n"
+    assert {name: found[name] for name in names} == {
+        name: text for name, text in (("chosen", "A cat."), ("rejected", "I do not know."), ("completion", "A cat."))
+        if name in names}
+    bare = standard_row({name: "" if "system" in name else value for name, value in row.items()}, chat, 512)
+    assert bare["prompt"] == "<s><|user|>\nWho?\n<|assistant|>\n"
+    with pytest.raises(ValueError, match="--columns prompt=(question|input)") as refused:
+        standard_row(row, tokenizer, 512)
+    assert str(refused.value).endswith("prompt=input" if "input" in row else "prompt=question")
+
+
+def test_shp_rows_are_pairs(tokenizer):
+    """The label says which answer was preferred: 1 the first one."""
+    for label, chosen, rejected in ((1, "A cat.", "A man."), (0, "A man.", "A cat.")):
+        row = standard_row({**SHP_ROW, "labels": label}, tokenizer, 512)
+        assert (row["prompt"], row["chosen"], row["rejected"]) == ("Who sat there?", chosen, rejected)
+
+
+def test_alpaca_rows_are_prompt_and_output(tmp_path, tokenizer):
+    """What stands in text before the output is the prompt; the ids are those of both, with the output alone counted."""
+    item, = sft.load_demonstrations(write_rows(tmp_path / "rows.jsonl", [ALPACA_ROW]), "--train_data", tokenizer, sft.Args())
+    assert item[2]["prompt"] + item[2]["completion"] == ALPACA_ROW["text"] and item[2]["completion"] == "2"
+    assert sft.count_labels(item, True) == 2
 
 
 # ---- Splits -----------------------------------------------------------------------------------------------
@@ -423,9 +519,9 @@ def test_detail_6_cnndm_is_an_evaluation_set_of_its_own(only_cnndm, tmp_path, to
         demonstrations=write_rows(tmp_path / "tldr.jsonl", [TLDR_ROW]))
     seen, original = [], reward_model.evaluate
 
-    def spy(engine, pairs, *rest):
+    def spy(engine, pairs, *rest, **options):
         seen.append([pair[2]["batch"] for pair in pairs])
-        return original(engine, pairs, *rest)
+        return original(engine, pairs, *rest, **options)
 
     monkeypatch.setattr(reward_model, "evaluate", spy)
     reward_model.main(reward_model.Args(**files, output_dir=str(tmp_path / "run"), batch_size=2, max_length=256))

@@ -33,7 +33,7 @@ RUNS = {
                                  total_episodes=2 * EPISODES),  # scores as the reward model gives them
 }
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "retokenize", "allow_pickle", "reward_function", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16",
+    "retokenize", "allow_pickle", "columns", "reward_function", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16",
     "local_rank", "sft_model", "reward_model", "prompts", "eval_prompts", "output_dir"}
 
 

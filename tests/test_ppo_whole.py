@@ -29,7 +29,7 @@ FLAGS = dict(
     num_eval_prompts=5, seed=7, save_every=1, gradient_checkpointing=True, timeout_minutes=3.0,
     gold_function=f"{__name__}:gold")
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "retokenize", "allow_pickle", "reward_function", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16",
+    "retokenize", "allow_pickle", "columns", "reward_function", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16",
     "local_rank", "sft_model", "reward_model", "prompts", "eval_prompts", "output_dir"}
 
 

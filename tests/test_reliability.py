@@ -308,6 +308,71 @@ def test_sigterm_in_the_other_scripts(script, calls, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.fixture(scope="session")
+def reward_run(tmp_path_factory):
+    """Flags of a short run of reward_model.py with two batches for each side of the held-out pairs, and the whole run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        out = tmp_path_factory.mktemp("reward_run")
+        flags = [*Runs(out, "reward_model", 1, 0).flags, "--eval_batch_size=4"]
+        reward_model.main(reward_model.tyro.cli(reward_model.Args, args=[*flags, f"--output_dir={out / 'whole'}"]))
+    return flags, out / "whole"
+
+
+def stop_in_scoring(number, monkeypatch):
+    """This process gets SIGTERM inside the n-th call of score_sequences, at its second batch. Returns the calls."""
+    calls, score, asked = [], reward_model.score_sequences, reward_model.interrupted
+
+    def score_sequences(*args):
+        calls.append(0)
+        return score(*args)
+
+    def interrupted(device):
+        calls[-1] += 1
+        if len(calls) == number and calls[-1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return asked(device)
+
+    monkeypatch.setattr(reward_model, "score_sequences", score_sequences)
+    monkeypatch.setattr(reward_model, "interrupted", interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("number, step, again", [(1, 0, 9), (4, 3, 7), (7, 6, 5), (9, 6, 1)],
+                         ids=["initial evaluation", "middle evaluation", "last evaluation", "normalisation"])
+def test_sigterm_while_the_reward_model_only_scores(number, step, again, reward_run, tmp_path, monkeypatch):
+    """The run ends at the next batch, with the checkpoint of the step before and code 75, and goes on to the same bits.
+
+    again: calls of score_sequences in the resumed run. An evaluation has two, the last one four, the normalisation one.
+    """
+    flags, whole = reward_run
+    flags = [*flags, f"--output_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_in_scoring(number, patch)
+        reward_model.main(reward_model.tyro.cli(reward_model.Args, args=flags))
+    assert stopped.value.code == 75 and f"checkpoint of step {step} is" in (tmp_path / "run/INTERRUPTED").read_text()
+    assert max((tmp_path / "run/checkpoints").iterdir()).name == f"step_{step:07d}"
+    calls = stop_in_scoring(0, monkeypatch)
+    reward_model.main(reward_model.tyro.cli(reward_model.Args, args=[*flags, "--resume"]))
+    assert len(calls) == again and differences(whole, tmp_path / "run") == []
+
+
+def test_an_evaluation_that_is_made_again_leaves_no_row_twice(reward_run, tmp_path, monkeypatch):
+    """SIGTERM in the evaluation of step 3; the resumed run is killed right after it, so the third makes it once more."""
+    flags, whole = reward_run
+    flags = [*flags, f"--output_dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_scoring(4, patch)
+        reward_model.main(reward_model.tyro.cli(reward_model.Args, args=flags))
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(reward_model, "save_checkpoint", lambda *args: {}["killed"])
+        reward_model.main(reward_model.tyro.cli(reward_model.Args, args=[*flags, "--resume"]))
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows == [0, 1, 2, 3, 3]
+    reward_model.main(reward_model.tyro.cli(reward_model.Args, args=[*flags, "--resume"]))
+    assert [name for name in differences(whole, tmp_path / "run") if "TensorBoard eval" not in name] == []
+
+
 def test_a_kill_while_an_earlier_run_is_deleted_can_be_repeated(runs, tmp_path, monkeypatch):
     """--overwrite, stopped with some files of the earlier run gone: the same command then works."""
     folder = tmp_path / "run"

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 import transformers
+import whole
 from conftest import ROOT, check_step, set_weights, tiny_config, watch_steps
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 from transformers import GPT2ForSequenceClassification, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 from transformers import JambaConfig, LlamaConfig, LlamaForSequenceClassification, MistralConfig
 
 import reward_model
+import utils.data
 from utils import packing
 from utils.data import pad, permutation, rows_of_this_rank
 from utils.launch import create_engine, init_distributed
@@ -431,6 +433,29 @@ def test_score_sequences_equals_one_by_one(batch_size, scalar_model):
     assert len(set(expected)) == 7
 
 
+@torch.no_grad()
+def test_score_sequences_runs_batches_of_the_size_and_says_how_far_it_is(scalar_model, monkeypatch, capsys):
+    """Seven rows by three are three forwards; each takes a minute here, and so has a line with the time left."""
+    shapes, clock = [], iter(range(0, 10**6, 60))
+    monkeypatch.setattr(utils.data, "time", SimpleNamespace(time=lambda: next(clock)))
+    scalar_model.device = torch.device("cpu")
+    scalar_model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    reward_model.score_sequences(scalar_model, [[2] * n + [EOS] for n in range(7)], PAD, 3)
+    assert shapes == [(3, 3), (3, 6), (1, 7)]
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["scores", "3/7"], ["scores", "6/7"], ["scores", "7/7"]]
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 5])
+def test_eval_batch_size_changes_no_score(eval_batch_size, trained, files, tmp_path):
+    """Evaluations and the constant, with batches of the size in all of them but for the training's."""
+    run(files, tmp_path / "run", eval_batch_size=eval_batch_size)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        whole.assert_rows_equal(*(whole.rows_of(folder / name) for folder in (tmp_path / "run", trained)))
+    constants = [json.loads((folder / "summary.json").read_text())["reward_mean"] for folder in (tmp_path / "run", trained)]
+    assert constants[0] == pytest.approx(constants[1], abs=1e-5)
+
+
 class Scorer:
     """A stand-in for the engine whose score can be done by hand: a function of a row's token ids."""
 
@@ -444,10 +469,10 @@ class Scorer:
         return torch.tensor(scores)[:, None].expand(ids.shape)
 
 
-def evaluate(function, rows, tokenizer, **changes):
+def evaluate(function, rows, tokenizer, shuffle=False, **changes):
     pairs = [(*(reward_model.encode(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")), row)
              for row in rows]
-    return reward_model.evaluate(Scorer(function), pairs, tokenizer, reward_model.Args(**changes))
+    return reward_model.evaluate(Scorer(function), pairs, tokenizer, reward_model.Args(**changes), shuffle)
 
 
 def test_evaluate_longer_wins_by_hand(tokenizer):
@@ -465,6 +490,15 @@ def test_evaluate_longer_wins_by_hand(tokenizer):
     assert evaluate(lambda ids: -len(ids), rows, tokenizer)[0]["accuracy"] == 0.375
 
 
+def test_evaluate_the_length_of_the_prompt_does_not_count(tokenizer):
+    """A model that scores the completion's length has correlation 1 with it, whatever stands before."""
+    rows = [{"prompt": " she" * n, "chosen": " good" * a, "rejected": " no" * b} for n, a, b in (
+        (9, 1, 3), (1, 5, 2), (4, 4, 2))]
+    words = [token for word in (" good", " no") for token in tokenizer(word).input_ids]
+    metrics, _, _ = evaluate(lambda ids: sum(token in words for token in ids), rows, tokenizer)
+    assert metrics["score_length_correlation"] == pytest.approx(1)
+
+
 def test_evaluate_shuffled_prompts_are_never_the_own(tokenizer):
     """T19: a model that looks for the prompt in the completion is always right; with other prompts at chance."""
     prompts = (" he", " it", " it", " she", " he")
@@ -474,8 +508,24 @@ def test_evaluate_shuffled_prompts_are_never_the_own(tokenizer):
     def repeats(ids):
         return ids[0] in ids[1:]
 
-    metrics, _, _ = evaluate(repeats, rows, tokenizer)
-    assert (metrics["accuracy"], metrics["shuffled_prompts"]) == (1, 0.5)
+    for seed in range(5):
+        metrics, _, _ = evaluate(repeats, rows, tokenizer, shuffle=True, seed=seed)
+        assert (metrics["accuracy"], metrics["shuffled_prompts"]) == (1, 0.5)
+    assert "shuffled_prompts" not in evaluate(repeats, rows, tokenizer)[0]
+
+
+def test_evaluate_the_other_prompt_is_drawn_with_the_seed(tokenizer):
+    """Each prompt is lent to one other; with another seed to another one, not always to its alphabetical neighbour."""
+    rows = [{"prompt": " she" * (n + 1), "chosen": " good" * (n + 1), "rejected": " no" * (n + 1)} for n in range(9)]
+    she, good = (tokenizer(word).input_ids[0] for word in (" she", " good"))
+    found = set()
+    for seed in range(4):
+        seen = []
+        evaluate(lambda ids: seen.append((ids.count(good), ids.count(she))) or 0, rows, tokenizer, shuffle=True, seed=seed)
+        lent = {own: other for own, other in seen if own and own != other}
+        assert set(lent) == set(lent.values()) == set(range(1, 10))
+        found.add(tuple(sorted(lent.items())))
+    assert len(found) == 4
 
 
 GROUPED = [{"prompt": f" she{' is' * i}", "chosen": " good" * a, "rejected": " no" * b, "split": split, "batch": batch,
@@ -484,11 +534,11 @@ GROUPED = [{"prompt": f" she{' is' * i}", "chosen": " good" * a, "rejected": " n
                 (4, 1, "valid2", "batch13", 5), (2, 1, "valid2", "batch13", 9), (1, 3, "valid2", "batch8", 1)))]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 100])
-def test_detail_16_accuracy_by_column_by_hand(micro_batch_size, tokenizer):
+@pytest.mark.parametrize("eval_batch_size", [1, 2, 100])
+def test_detail_16_accuracy_by_column_by_hand(eval_batch_size, tokenizer):
     """T19: six pairs right, wrong, tied, right, right, wrong: accuracy overall and by split, batch and confidence."""
     metrics, _, _ = evaluate(len, GROUPED, tokenizer, accuracy_by=("split", "batch", "confidence"),
-                             micro_batch_size=micro_batch_size)
+                             eval_batch_size=eval_batch_size)
     assert metrics["accuracy"] == pytest.approx(3.5 / 6)
     assert {name: value for name, value in metrics.items() if name.startswith("accuracy/")} == pytest.approx({
         "accuracy/split/valid1": 0.5, "accuracy/split/valid2": 2 / 3, "accuracy/batch/batch11": 0.5,

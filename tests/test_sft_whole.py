@@ -30,7 +30,7 @@ CASES = {  # rows by column: {prompt, completion} twice, {text} once
     "texts": dict(pack_length=PACK, completion_only=True),
     "packs": dict(pack_length=PACK, completion_only=True)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
-    "allow_pickle", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
+    "allow_pickle", "columns", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",
     "train_data", "eval_data", "output_dir"}
 STEPS, EVALUATIONS, LOGGED = 9, [0, 4, 8, 9], [2, 4, 6, 8, 9]  # 13 sequences: 5, 5, 3; three times
 POST = ["I was at home.", "She came to see me.", "We were happy, and then she went away."]

@@ -132,9 +132,9 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "reward_model.py", "step % args.save_every == 0",
         "step % args.eval_every == 0",
         "tests/test_reward_model_whole.py::test_weights_equal_those_of_the_plain_loop"),
-    "reward_model.py: a checkpoint is written at the last step too": (
-        "reward_model.py", "== 0) and step < total_steps",
-        "== 0)",
+    "reward_model.py: no checkpoint before the normalisation": (
+        "reward_model.py", "% args.save_every == 0 or step == total_steps:",
+        "% args.save_every == 0:",
         "tests/test_reward_model_whole.py::test_weights_equal_those_of_the_plain_loop"),
     "reward_model.py: an epoch leaves out its last batch": (
         "reward_model.py", "math.ceil(len(train) / args.batch_size)",
@@ -153,8 +153,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "1 + epoch",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "reward_model.py: before is after in the summary": (
-        "reward_model.py", "\"before\": state[\"before\"], \"after\": after",
-        "\"before\": after, \"after\": after",
+        "reward_model.py", "\"before\": state[\"before\"], \"after\"",
+        "\"before\": state[\"after\"], \"after\"",
         "tests/test_reward_model_whole.py::test_summary_and_card_say_what_the_run_did"),
     "reward_model.py: --max_prompt_length is ignored": (
         "reward_model.py", "(\"prompt\", \"chosen\", \"rejected\")], tokenizer, args.max_prompt_length)",
@@ -261,8 +261,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "math.ceil(args.warmup_ratio * total_steps)",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "reward_model.py: a checkpoint forgets the first evaluation": (
-        "reward_model.py", "{\"before\": state[\"before\"]}",
-        "{\"before\": None}",
+        "reward_model.py", "(folder, step, {\"model\": engine}, state)",
+        "(folder, step, {\"model\": engine}, {**state, \"before\": None})",
         "tests/test_reward_model_whole.py::test_weights_equal_those_of_the_plain_loop"),
     "sft.py: the model stays in eval mode after an evaluation: no checkpointing": (
         "sft.py", "        engine.train()\n",
@@ -425,13 +425,41 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "losses.mean() * world_size()",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "reward_model.py: calibration of the first evaluation is kept": (
-        "reward_model.py", "after, calibrations = evaluate_all(step)",
-        "after, calibrations = (evaluate_all(step)[0], state.setdefault('c', {}))",
+        "reward_model.py", "tracker.log(step, metrics), calibrations",
+        "tracker.log(step, metrics), state.get(\"calibration\", calibrations)",
         "tests/test_reward_model_whole.py::test_summary_and_card_say_what_the_run_did"),
     "reward_model.py: one held-out file is evaluated under both names": (
-        "reward_model.py", "figures, rows, calibrations[name] = evaluate(engine, pairs,",
-        "figures, rows, calibrations[name] = evaluate(engine, [*held_out.values()][0],",
+        "reward_model.py", "engine, pairs, tokenizer, args, shuffle=step",
+        "engine, [*held_out.values()][0], tokenizer, args, shuffle=step",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
+    "reward_model.py: prompts are shuffled at every evaluation": (
+        "reward_model.py", "shuffle=step == total_steps)",
+        "shuffle=True)",
+        "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
+    "reward_model.py: the prompt's length counts in the correlation": (
+        "reward_model.py", "len(ids) - prompt_length[prompt]",
+        "len(ids)",
+        "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
+    "reward_model.py: SIGTERM is not heard while it only scores": (
+        "reward_model.py", "raise Interrupted\n",
+        "pass\n",
+        "tests/test_reliability.py::test_sigterm_while_the_reward_model_only_scores"),
+    "reward_model.py: --eval_batch_size is ignored in evaluations": (
+        "reward_model.py", "sequences, tokenizer.pad_token_id, args.eval_batch_size)",
+        "sequences, tokenizer.pad_token_id, 64)",
+        "tests/test_reliability.py::test_sigterm_while_the_reward_model_only_scores"),
+    "reward_model.py: --eval_batch_size is ignored in the normalisation": (
+        "reward_model.py", "demonstrations, tokenizer.pad_token_id, args.eval_batch_size)",
+        "demonstrations, tokenizer.pad_token_id, 64)",
+        "tests/test_reliability.py::test_sigterm_while_the_reward_model_only_scores"),
+    "reward_model.py: an interrupted evaluation counts as done": (
+        "reward_model.py", "{**state, \"evaluated\": False}",
+        "state",
+        "tests/test_reliability.py::test_sigterm_while_the_reward_model_only_scores"),
+    "reward_model.py: the rows of an evaluation that comes again stay": (
+        "reward_model.py", "else 0, state[\"evaluated\"])",
+        "else 0)",
+        "tests/test_reliability.py::test_an_evaluation_that_is_made_again_leaves_no_row_twice"),
     "dpo.py: --warmup_ratio is ignored": (
         "dpo.py", "math.ceil(args.warmup_ratio * total_steps)",
         "math.ceil(Args.warmup_ratio * total_steps)",

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from utils.formats import CNNDM_BATCHES, standard_row
-from utils.launch import all_sum, fail, fail_together, gather_rows, print0, rank, world_size
+from utils.launch import all_sum, fail, fail_together, gather_rows, print0, rank, renamed, world_size
 from utils.models import first_line, is_hub_id
 from utils.tokens import added_tokens, adds_bos, check_spelling, encode_prompt, encode_texts, split_terminator
 from utils.tokens import terminator_ids
@@ -37,6 +37,7 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         the split train, or another one as in `owner/name:validation`.
     columns: the alternatives of columns that the script understands, e.g. [("prompt", "completion"), ("text",)];
         the first one that the rows have counts: it must be text in every row, and the other alternatives are dropped.
+    --columns renames columns first.
     """
     file = Path(path)
     try:
@@ -54,43 +55,86 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
         fail(f"{flag} {path}: no such file or folder")
     if not rows:
         fail(f"{flag} {path}: no rows in it")
+    understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
+    rows = _rename(rows, {name for names in columns for name in names}, flag, path)
     found = ", ".join(map(str, rows[0]))
     _name_special_tokens(rows, flag, path, tokenizer)
+    faults = [None] * len(rows)
     for i, row in enumerate(rows):
         try:
             rows[i] = standard_row(row, tokenizer, max_prompt_length)
         except ValueError as error:
-            fail(f"{flag} {path}, row {i + 1}: {error}")
+            faults[i] = str(error)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            fail(f"{flag} {path}, row {i + 1}: not the layout that its columns promise "
-                 f"({type(error).__name__}: {error})")
+            missing = ", ".join(str(name) for name, value in row.items() if value is None)
+            faults[i] = f"not the layout that its columns promise ({type(error).__name__}: {error})" + (
+                f"; without a value: {missing}" if missing else "")
+    _fail_at_first(faults, flag, path)
     wanted = next((names for names in columns if set(names) <= set().union(*rows)), None)
     if wanted is None:
-        understood = " or ".join("{" + ", ".join(names) + "}" for names in columns)
+        talk = next((name for name, value in rows[0].items() if isinstance(value, list) and value and isinstance(
+            value[0], dict) and {"role", "from"} & set(value[0])), None)
+        give = f"messages={talk}" if talk and "chosen" not in columns[0] else " ".join(
+            f"{name}=YOURS" for name in columns[0] if name not in rows[0])
         fail(f"{flag} {path}: found the columns {{{found}}}; understood are {understood}, the same as messages, and "
-             "the layouts in utils/formats.py")
-    _check_rows(rows, wanted, {name for names in columns for name in names} - set(wanted), flag, path)
+             f"the layouts in utils/formats.py. Say which columns are these with --columns {give}")
+    others = {name for names in columns for name in names} - set(wanted)
+    rows = [{name: value for name, value in row.items() if name not in others} for row in rows]
+    _fail_at_first([_fault(row, wanted) for row in rows], flag, path)
     check_spelling(rows, flag, path, tokenizer)
     return rows
 
 
-def _check_rows(rows, wanted, others, flag, path):
-    """Drop the columns of other alternatives; fail in one line at the first value that no script can use."""
-    for number, row in enumerate(rows, 1):
-        for name in others & set(row):
-            del row[name]
-        for name, value in row.items():
-            try:
-                str(value).encode()
-            except UnicodeEncodeError as error:
-                fail(f"{flag} {path}, row {number}: column {name!r} has half a character (a lone surrogate, "
-                     f"{error.object[error.start]!r}) at place {error.start + 1}. Remove it")
-        for name in ("chosen_finished", "rejected_finished"):
-            if not isinstance(row.get(name), (bool, type(None))):
-                fail(f"{flag} {path}, row {number}: column {name!r} must be true or false, found {row[name]!r:.60}")
-        for name in wanted:
-            if not isinstance(row.get(name), str):
-                fail(f"{flag} {path}, row {number}: column {name!r} must be text, found {row.get(name)!r:.60}")
+def _rename(rows, read, flag, path):
+    """The rows with the names of --columns. read: the names that the script reads from this file.
+
+    A file has some of the columns and not others, as demonstrations beside pairs. The training data or prompts must
+    have all, but for the answers that only another file has.
+    """
+    found = dict.fromkeys(name for row in rows for name in row) if renamed else {}
+    source = {ours: theirs for theirs, ours in renamed.items()}
+    used = {theirs: ours for theirs, ours in renamed.items()  # a column is put aside only where another takes its name
+            if theirs in found and source.get(theirs, theirs) in found}
+    lacks = [theirs for theirs, ours in renamed.items() if theirs not in found and (
+        not used or ours in read or ours not in ("completion", "response"))]
+    if lacks and flag in ("--train_data", "--prompts"):
+        fail(f"--columns {renamed[lacks[0]]}={lacks[0]}: {flag} {path} has no column {lacks[0]!r}. Found: "
+             f"{', '.join(map(str, found))}")
+    for theirs, ours in used.items():
+        if ours in found and ours not in used:
+            fail(f"--columns {ours}={theirs}: {flag} {path} has a column {ours!r} already. If you do not need it, give "
+                 f"it another name too: --columns {ours}={theirs} other={ours}")
+    if used:
+        rest = ", ".join(str(name) for name in found if name not in used) or "none"
+        same = ", ".join(f"{ours} = {theirs}" for theirs, ours in used.items())
+        print0(f"{'--columns':<22}{path}: {same}; the other columns: {rest}")
+        rows = [{used.get(name, name): value for name, value in row.items()} for row in rows]
+    return rows
+
+
+def _fail_at_first(faults, flag, path):
+    """Fail in one line where rows have faults (None: no fault): the first one, and how many there are."""
+    bad = [i for i, fault in enumerate(faults) if fault]
+    if bad:
+        fail(f"{flag} {path}, row {bad[0] + 1}: {faults[bad[0]]} ({len(bad)} of {len(faults)} rows cannot be used"
+             f"{'; this is the first' if len(bad) > 1 else ''})")
+
+
+def _fault(row, wanted):
+    """What no script can use in a row, or None."""
+    for name, value in row.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            return (f"column {name!r} has half a character (a lone surrogate, {error.object[error.start]!r}) at place "
+                    f"{error.start + 1}. Remove it")
+    for name in ("chosen_finished", "rejected_finished"):
+        if not isinstance(row.get(name), (bool, type(None))):
+            return f"column {name!r} must be true or false, found {row[name]!r:.60}"
+    for name in wanted:
+        if not isinstance(row.get(name), str):
+            return (f"column {name!r} must be text, or messages as a list of {{role, content}}; found "
+                    f"{row.get(name)!r:.60}")
 
 
 def _name_special_tokens(rows, flag, path, tokenizer):
@@ -259,7 +303,8 @@ def load_prompts(path, flag, tokenizer, args, columns=(("prompt",),)):
     kept = [prompt for prompt in prompts if 0 < len(prompt.ids) <= limit]
     empty = sum(not prompt.ids for prompt in prompts)
     describe(flag, path, [len(prompt.ids) for prompt in kept],
-             {f"over {limit} tokens": len(prompts) - len(kept) - empty, "empty": empty})
+             {f"over {limit} tokens": len(prompts) - len(kept) - empty, "empty": empty},
+             [len(prompt.ids) for prompt in prompts], "--max_prompt_length")
     return kept
 
 
@@ -469,11 +514,20 @@ def pad(sequences, pad_id, side, device=None):
     return ids.to(device), mask.to(device)
 
 
-def describe(name, path, lengths, dropped):
-    """Say what was read: rows kept, rows dropped by reason, token lengths."""
+def describe(name, path, lengths, dropped, needed, limit="--max_length"):
+    """Say what was read: rows kept, rows dropped by reason, token lengths.
+
+    needed: tokens of the rows, with those that are over the limit, which the flag `limit` sets.
+    """
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count) or "none"
+    too_long = sum(count for reason, count in dropped.items() if reason.startswith("over "))
     if not lengths:
-        fail(f"{name} {path}: no row is left (dropped: {reasons})")
+        remedy = "" if not too_long else (
+            f". The shortest row has {min(needed)} tokens, the longest {max(needed)}: raise {limit}")
+        fail(f"{name} {path}: no row is left (dropped: {reasons}){remedy}")
+    if 2 * too_long >= len(needed):
+        print0(f"warning: {name} {path}: {too_long:,} of {len(needed):,} rows are too long and left out. {limit} "
+               f"{math.ceil(np.percentile(needed, 95))} would keep 95 % of them, {limit} {max(needed)} all")
     median, p95 = np.percentile(lengths, [50, 95])
     print0(f"{name:<22}{path}: {len(lengths):,} rows (dropped: {reasons}); "
            f"tokens: median {median:.0f}, 95 % {p95:.0f}, longest {max(lengths)}")

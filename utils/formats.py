@@ -8,7 +8,11 @@ What is understood, by its columns (Hub ids are examples of each):
                                         (vwxyzjn/summarize_from_feedback_tldr_3_filtered_oai_preprocessing_1706381144)
   query, chosen, rejected               (vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144)
   chosen, rejected                      two whole dialogues with a common beginning (Anthropic/hh-rlhf), or messages
-  messages; or any column as messages   conversations, through the tokenizer's chat template
+  messages; or any column as messages   conversations, through the tokenizer's chat template; {from, value} too
+  system, question or input, chosen, rejected     orca's pairs, through the chat template (Intel/orca_dpo_pairs)
+  system_prompt, question, response               its demonstrations (Open-Orca/OpenOrca)
+  instruction, input, output, text      Alpaca (tatsu-lab/alpaca): the text before the output is the prompt
+  history, human_ref_A, human_ref_B, labels       SHP (stanfordnlp/SHP)
 """
 
 import os
@@ -22,6 +26,8 @@ from utils.tokens import adds_bos, end_of_turn, split_terminator
 TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # [detail 2] no space at the end
 CNNDM = "Article:\n{article}\n\nTL;DR:\n"
 CNNDM_PROMPT_LENGTH = 1919  # [detail 4] tokens, where TL;DR has 512
+ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system"}  # names of the usual roles, in small letters
 CNNDM_BATCHES = {"batch0_cnndm", "cnndm0", "cnndm2"}  # [detail 6] not of TL;DR: an evaluation set of their own
 
 
@@ -31,8 +37,10 @@ def standard_row(row, tokenizer, max_prompt_length):
     No text ends with the tokenizer's EOS: the scripts put it there. Raises ValueError with the reason where a row of a
     known layout cannot be used.
     """
+    row = usual_messages(row)
     if {"meta", "responses", "label"} <= set(row) and isinstance(row["meta"], dict):
         row = {**row, "info": row["meta"], "summaries": row["responses"], "choice": row["label"]}
+    names = set(row)
     if "info" in row and "summaries" in row:
         row = comparison(row, tokenizer, max_prompt_length)
     elif {"subreddit", "title", "post"} <= set(row) and not {"query", "prompt"} & set(row):
@@ -49,6 +57,15 @@ def standard_row(row, tokenizer, max_prompt_length):
             row[name] = row[name].removesuffix("<|endoftext|>")  # whatever the tokenizer's own EOS is
     elif any(isinstance(row.get(name), list) for name in ("messages", "prompt", "chosen", "rejected")):
         row = conversation(row, tokenizer)
+    elif {"system", "system_prompt"} & names and {"question", "input"} & names and "prompt" not in row:
+        row = conversation(orca(row, tokenizer), tokenizer)
+    elif {"history", "human_ref_A", "human_ref_B", "labels"} <= names:
+        row = shp(row)
+    elif {"instruction", "output"} <= names and not {"prompt", "completion"} & names:
+        row = alpaca(row)
+    elif {"text", "role", "parent_id"} <= names:
+        raise ValueError("a single message of a tree (columns text, role, parent_id). Join the messages on the way to "
+                         "an answer into a conversation, one row with a column messages")
     elif {"chosen", "rejected"} <= set(row) and "prompt" not in row:
         row = dialogue(row)
     ends = {name: row[name].removesuffix(tokenizer.eos_token) for name in ("text", "completion", "chosen", "rejected")
@@ -113,7 +130,71 @@ def one_space(text):
     return " " + text.strip()
 
 
+# ---- Other flat layouts -----------------------------------------------------------------------------------
+
+
+def shp(row):
+    """Two answers to a post, and which one was preferred."""
+    if row["labels"] not in (0, 1):
+        raise ValueError(f"labels must be 1 (human_ref_A is preferred) or 0, found {row['labels']!r:.60}")
+    chosen, rejected = ("human_ref_A", "human_ref_B")[:: 1 if row["labels"] == 1 else -1]
+    return {**row, "prompt": row["history"], "chosen": row[chosen], "rejected": row[rejected]}
+
+
+def alpaca(row):
+    """The whole text is the prompt, with the instruction and perhaps an input in it, and then the output."""
+    text, output = row.get("text"), row["output"]
+    if not (isinstance(text, str) and isinstance(output, str) and text.endswith(output)):
+        raise ValueError("columns instruction and output without a column text that ends with the output. Where there "
+                         "is no input, --columns prompt=instruction completion=output will do. Else write a column "
+                         "prompt with both")
+    return {**row, "prompt": text.removesuffix(output), "completion": output}
+
+
 # ---- Conversations ----------------------------------------------------------------------------------------
+
+
+def usual_messages(row):
+    """A row whose conversations have the keys role and content, and the usual names of roles."""
+    row = dict(row)
+    if isinstance(row.get("messages"), str):
+        raise ValueError("messages must be a list of {role, content}, and is text")
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        if not isinstance(row.get(name), list):
+            continue
+        if not row[name]:
+            raise ValueError(f"{name} is an empty conversation")
+        wrong = next((message for message in row[name] if not isinstance(message, dict)), None)
+        if wrong is not None:
+            raise ValueError(f"{name}: a list must hold messages {{role, content}}, found {wrong!r:.60}")
+        messages = [{"role": message["from"], "content": message.get("value")} if message.get("from") else message
+                    for message in row[name]]
+        roles = [message.get("role") for message in messages]
+        row[name] = [{**message, "role": ROLES.get(role.lower(), role) if isinstance(role, str) else role}
+                     for message, role in zip(messages, roles)]
+        is_whole = name == "messages" or name in ("chosen", "rejected") and not isinstance(row.get("prompt"), list)
+        if is_whole and len(messages) < 2:
+            raise ValueError(f"{name} is a conversation of one message, by {row[name][0]['role']}. It needs a question "
+                             "and the assistant's answer")
+    prompt = row.get("prompt")
+    for name in ("completion", "chosen", "rejected"):
+        if isinstance(prompt, list) and isinstance(row.get(name), str) or (
+                name == "completion" and isinstance(prompt, str) and isinstance(row.get(name), list)):
+            raise ValueError(f"of prompt and {name} one is text and one messages. Give both as text or both as messages")
+    return row
+
+
+def orca(row, tokenizer):
+    """A system text and a question as a prompt of messages, with the answers to it."""
+    asked = "question" if "question" in row else "input"
+    if tokenizer.chat_template is None:
+        raise ValueError(f"columns system and {asked} need a tokenizer with a chat template. If you can do without the "
+                         f"system texts: --columns prompt={asked}")
+    system = row.get("system", row.get("system_prompt"))
+    turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": row[asked]}]
+    names = {"response": "completion", "chosen": "chosen", "rejected": "rejected"}
+    answers = {ours: [{"role": "assistant", "content": row[name]}] for name, ours in names.items() if name in row}
+    return {**row, "prompt": turns, **answers}
 
 
 def dialogue(row):

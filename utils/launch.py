@@ -18,7 +18,7 @@ import torch.distributed as dist
 AT_LEAST_1 = {
     "epochs", "batch_size", "micro_batch_size", "rollout_batch_size", "total_episodes", "num_ppo_epochs",
     "num_minibatches", "response_length", "max_length", "max_prompt_length", "num_eval_prompts", "eval_every",
-    "save_every", "log_every", "num_prompts", "judge_parallel", "episodes_per_prompt"}
+    "save_every", "log_every", "eval_batch_size", "num_prompts", "judge_parallel", "episodes_per_prompt"}
 AT_LEAST_0 = {
     "seed", "num_samples", "pack_length", "lr", "critic_lr", "weight_decay", "adam_eps", "max_grad_norm", "kl_coef",
     "vf_coef", "cliprange", "cliprange_value", "nll_coef", "judge_budget", "score_clip", "beta_critic", "beta_policy",
@@ -46,11 +46,13 @@ def fail_together(message):
 
 
 allowed = {"pickle": False}  # by --allow_pickle, for utils/models.py
+renamed = {}  # by --columns, for utils/data.py: the name in a file, and the name that the scripts read
 
 
 def check_flags(args):
     """Fail in one line on a number that makes no sense, before anything is loaded."""
     allowed["pickle"] = args.allow_pickle
+    read_columns(args.columns)
     for name, value in vars(args).items():
         for names, holds, words in (
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
@@ -63,6 +65,18 @@ def check_flags(args):
                 fail(f"--{name} {value}: must be {words}")
     if getattr(args, "offload_optimizer", False) and args.zero_stage == 0:
         fail("--offload_optimizer needs --zero_stage 2 or 3")
+
+
+def read_columns(pairs):
+    """Keep what --columns says, or fail in one line."""
+    renamed.clear()
+    for pair in pairs:
+        ours, _, theirs = pair.partition("=")
+        if not (ours and theirs):
+            fail(f"--columns {pair}: write our name, =, and the name in your file, as in prompt=question")
+        if ours in renamed.values() or theirs in renamed:
+            fail(f"--columns {pair}: {ours if ours in renamed.values() else theirs} stands there twice")
+        renamed[theirs] = ours
 
 
 def disk_fault(error):

@@ -363,6 +363,10 @@ os.register_at_fork(
     before=_hold_sigterm, after_in_parent=lambda: _hold_sigterm(signal.SIG_UNBLOCK), after_in_child=_leave_to_parent)
 
 
+class Interrupted(Exception):
+    """SIGTERM has come in the middle of a long evaluation, on every rank at the same place."""
+
+
 def interrupted(device):
     """Whether any rank has got SIGTERM, as machines that are taken back send it. Every rank must call it, each step."""
     return bool(all_max(torch.tensor(float(_sigterm.is_set()), device=device)))
@@ -409,7 +413,8 @@ class Tracker:
     Metrics go to metrics.jsonl, the same bits in a resumed run; `time/...` figures go to times.jsonl.
     """
 
-    def __init__(self, folder, args, first_step):
+    def __init__(self, folder, args, first_step, evaluated=True):
+        """Rows from first_step on are dropped, and unless `evaluated` also the evaluation of the step before it."""
         self.folder, self.first_step, self.started = folder, first_step, time.time()
         self.last = {}
         _sigterm.clear()
@@ -423,7 +428,7 @@ class Tracker:
         if not self.active:
             return
         for name in ("metrics.jsonl", "times.jsonl", "samples.jsonl"):  # drop rows after the resumed checkpoint
-            _keep_rows_before(folder / name, first_step)
+            _keep_rows_before(folder / name, first_step, evaluated)
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
@@ -469,6 +474,7 @@ class Tracker:
     def close(self, summary):
         """Write summary.json last: its presence says that the run is complete."""
         _nothing_to_lose.set()
+        _sigterm.clear()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         os.close(self.signals)
@@ -478,18 +484,24 @@ class Tracker:
             _write(self.folder / "summary.json", text + "\n")
 
 
-def _keep_rows_before(file, step):
+def _keep_rows_before(file, step, evaluated):
     if file.is_file():
         whole = file.read_text(errors="replace").split("\n")[:-1]  # behind the last newline: a line cut off
-        steps = [_step_of(line) for line in whole]
-        if None in steps:
-            print0(f"warning: {file}: {steps.count(None)} damaged lines are left out")
-        _write(file, "".join(line + "\n" for line, found in zip(whole, steps) if found is not None and found < step))
+        kept = [_is_before(line, step, evaluated) for line in whole]
+        if None in kept:
+            print0(f"warning: {file}: {kept.count(None)} damaged lines are left out")
+        _write(file, "".join(line + "\n" for line, keep in zip(whole, kept) if keep))
 
 
-def _step_of(line):
+def _is_before(line, step, evaluated):
+    """Whether a row comes before this step, and unless evaluated, before the evaluation of the step before it.
+
+    None: the line is damaged.
+    """
     try:
-        return json.loads(line)["step"]
+        row = json.loads(line)
+        is_evaluation = not any(key.startswith(("train/", "time/")) for key in row)
+        return row["step"] < step - (is_evaluation and not evaluated)
     except (ValueError, TypeError, KeyError):
         return None
 
