@@ -53,14 +53,15 @@ import torch
 import tyro
 from transformers import DynamicCache
 
+from utils.companions import hold_out, settle_companions
 from utils.data import call_judge, chunks, deal_by_length, load_function, load_grouped_prompts, load_prompts
 from utils.data import pad, permutation, running_moments
 from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, finish
 from utils.launch import gather_rows, init_distributed, on_device, optimizer_step, print0, rank, rollout_weights
 from utils.launch import world_size
-from utils.models import check_length, decode_responses, eos_token_ids, forbidden_tokens, load_causal_lm
-from utils.models import load_classifier, load_tokenizer, other_tokenizer, print_plan, retokenize, save_model
-from utils.models import save_weights
+from utils.models import check_length, check_rate, decode_responses, eos_token_ids, forbidden_tokens
+from utils.models import load_causal_lm, load_classifier, load_tokenizer, other_tokenizer, print_plan
+from utils.models import retokenize, save_model, save_weights
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 
@@ -79,11 +80,11 @@ class Args:
     reward_function: str | None = None
     """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
     gold_function: str | None = "assets.vader:positive"
-    """module:name of such a function that only watches. The default judges the embedded task; None: no judge"""
+    """module:name of such a function that only watches; None, the default with your own prompts: no judge"""
     prompts: str = "assets/data/train.jsonl"
     """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. N+: the SFT train split"""
-    eval_prompts: str = "assets/data/validation.jsonl"
-    """held-out prompts"""
+    eval_prompts: str | None = "assets/data/validation.jsonl"
+    """held-out prompts; None, the default with your own prompts: a share of --prompts"""
     max_prompt_length: int = 32
     """tokens; longer prompts are dropped and counted, TL;DR posts cut (detail 2). N+: 512"""
 
@@ -118,9 +119,9 @@ class Args:
     """sequences per forward and rank; with one minibatch it changes memory and speed, not the gradient. N+: 16
     (1B) to 1 (6.9B)"""
     lr: float = 5e-4
-    """learning rate of the policy, falling linearly to 0. N+: 3e-6"""
-    critic_lr: float = 5e-4
-    """learning rate of the critic, falling linearly to 0. N+: 3e-6"""
+    """learning rate of the policy, falling linearly to 0; large models: see docs/scaling.md. N+: 3e-6"""
+    critic_lr: float | None = None
+    """learning rate of the critic, falling linearly to 0; None: that of the policy. N+: 3e-6"""
     weight_decay: float = 0.01
     """AdamW weight decay. N+: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
@@ -159,8 +160,8 @@ class Args:
     """groups count by their shares, or all alike. Paper: uniform, as printed"""
     invariance_estimator: Literal["advantage", "exact"] = "advantage"
     """advantage: the labels are held fixed; exact: they move with the policy. Paper: not known"""
-    group_head_lr: float = 5e-4
-    """learning rate of the group head, falling linearly to 0. Paper: not known"""
+    group_head_lr: float | None = None
+    """learning rate of the group head, falling linearly to 0; None: that of the critic. Paper: not known"""
 
     # evaluation
     eval_every: int = 10
@@ -293,6 +294,7 @@ def load_models(args, tokenizer):
     longest, flags = args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length"
     for model in (policy, classifier):
         check_length(model, longest, flags)
+        check_rate(args, "ppo", model)
     return policy, ref_policy, ScalarModel(classifier), reward_model, retokenizer
 
 
@@ -757,11 +759,18 @@ def main(args: Args):
     check_flags(args)
     check_batch_size(args.batch_size, args.num_minibatches, args.total_episodes)
     device = init_distributed(args.timeout_minutes)
+    args = settle_companions(args, "prompts", ["sft_model", "reward_model"], eval_prompts=None,
+                             gold_function="no judge watches")
     script = Path(__file__).stem  # it names the folder of a run
     folder = choose_folder(args, script)
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
     prompts, group_of = load_grouped_prompts(args.prompts, "--prompts", tokenizer, args)
-    eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
+    if args.eval_prompts:
+        eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)
+    else:
+        texts = [{"prompt": prompt[1]} for prompt in prompts]
+        prompts, eval_prompts = hold_out(prompts, texts, "--prompts", "--eval_prompts")
+    eval_prompts = eval_prompts[: args.num_eval_prompts]
     if len(eval_prompts) < world_size():
         fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
              f"{world_size()} ranks need at least one each")
@@ -775,6 +784,7 @@ def main(args: Args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         critic.classifier.gradient_checkpointing_enable()
+    critic_peak_lr = args.lr if args.critic_lr is None else args.critic_lr
     trained, engines = {"policy": policy, "critic": critic}, {}
     trained["group_head"] = GroupHead(  # [G11] a module of its own, with an optimizer of its own
         critic.classifier.score.in_features, args.num_groups, args.seed)
@@ -837,7 +847,8 @@ def main(args: Args):
     for update in range(progress["step"] + 1, args.num_updates + 1):
         clock = [time.time()]
         fraction_left = 1 - (update - 1) / args.num_updates  # [detail 42] learning rates fall linearly to 0
-        lr, critic_lr = args.lr * fraction_left, args.critic_lr * fraction_left
+        lr, critic_lr = args.lr * fraction_left, critic_peak_lr * fraction_left
+        group_head_lr = critic_lr if args.group_head_lr is None else args.group_head_lr * fraction_left
 
         # 3. rollout: this rank's episodes of the update
         first = (update - 1) * args.batch_size
@@ -946,7 +957,7 @@ def main(args: Args):
                     engines["critic"].backward(vf_loss * world_size())
                     epoch_values[epoch, rows] = new_values.detach()
                 if args.beta_critic and epoch == 0:
-                    norm = optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)
+                    norm = optimizer_step(engines["group_head"], group_head_lr)
                     norms["group_head"].append(norm)
                 norms["critic"].append(optimizer_step(engines["critic"], critic_lr))
         clock.append(time.time())

@@ -235,6 +235,15 @@ def load_prompts(path, flag, tokenizer, args):
     return load_grouped_prompts(path, flag, tokenizer, args)[0]
 
 
+def distinct_prompts(pairs, max_prompt_length):
+    """Prompts as of `load_prompts`: those of dpo.py's held-out pairs, each once, without the too long ones."""
+    prompts = list({pair.row["prompt"]: (pair.prompt, pair.row["prompt"]) for pair in pairs}.values())
+    kept = [prompt for prompt in prompts if len(prompt[0]) <= max_prompt_length]
+    describe("--eval_prompts", "none given, so those of the held-out pairs", [len(prompt[0]) for prompt in kept],
+             {f"over --max_prompt_length {max_prompt_length} tokens": len(prompts) - len(kept)})
+    return kept
+
+
 def as_answer(text, tokenizer, ended=None):
     """A text that evaluate.py has not sampled, as a row like its samples. ended: whether EOS came, which then counts in
     the length; None: not known, as of the references, and it counts too."""
@@ -275,11 +284,11 @@ def short_names(paths, *taken):
 
 
 def load_function(spec, flag, query=None):
-    """The function that `module:name` names, or None for None; the current folder is on the import path.
+    """The function that `module:name` names, or None for None or nothing; the current folder is on the import path.
 
     query: a text to try a judge on, so that one that cannot work is found before anything is written.
     """
-    if spec is None:
+    if not spec:
         return None
     module, colon, name = spec.partition(":")
     if not (module and colon and name):
