@@ -113,7 +113,7 @@ class Args:
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up: down to 0 as half a cosine, or constant. Paper: cosine"""
     warmup_ratio: float = 0.03
-    """share of the steps with rising learning rate. Paper: 0.03"""
+    """share of the steps, rounded up, with rising learning rate. Paper: 0.03"""
     weight_decay: float = 0.0
     """AdamW weight decay. Paper: 0"""
     adam_eps: float = 1e-8

@@ -617,7 +617,7 @@ def main(args: Args):
     eval_prompts = eval_prompts[: args.num_eval_prompts]
     if len(eval_prompts) < world_size():
         fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
-             f"{world_size()} ranks need at least one each")
+             f"{world_size()} ranks need at least one each. Give more")
     gold_function = load_function(args.gold_function, "--gold_function", prompts[0][1])
     reward_function = load_function(args.reward_function, "--reward_function", prompts[0][1])
     policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer)

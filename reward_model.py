@@ -84,7 +84,7 @@ class Args:
     lr: float = 2e-3
     """peak learning rate of AdamW; larger models need another (docs/scaling.md). Paper: 3e-6"""
     warmup_ratio: float = 0.05
-    """share of the steps with rising learning rate, before the cosine to 0. Paper: 0"""
+    """share of the steps, rounded up, with rising learning rate, before the cosine to 0. Paper: 0"""
     weight_decay: float = 0.01
     """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5

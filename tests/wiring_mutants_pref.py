@@ -461,8 +461,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "0 * logprobs[0].sum()",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: --num_eval_prompts is ignored": (
-        "dpo.py", "tokenizer, args)[: args.num_eval_prompts]",
-        "tokenizer, args)[:500]",
+        "dpo.py", "prompts = prompts[: args.num_eval_prompts]",
+        "prompts = prompts[:500]",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: training prompts are continued": (
         "dpo.py", "load_prompts(args.eval_prompts,",

@@ -234,14 +234,14 @@ def print_plan(args, default_lr, folder, device, policy, critic, frozen):
 START_RATES = {
     "sft": {1e7: "1e-4 to 1e-3", 1e8: "1e-5 to 1e-4", 1e9: "3e-6 to 2e-5"},
     "reward_model": {1e7: "5e-5 to 5e-4", 1e8: "1e-5 to 1e-4", 1e9: "2e-6 to 1e-5"},
-    "ppo": {1e7: "1e-5 to 1e-4", 1e8: "3e-6 to 3e-5", 1e9: "5e-7 to 3e-6"},
-    "dpo": {1e7: "1e-5 to 5e-5", 1e8: "1e-6 to 1e-5", 1e9: "5e-7 to 3e-6"}}
+    "ppo": {1e7: "1e-5 to 1e-4", 1e8: "3e-6 to 3e-5", 1e9: "5e-7 to 3e-6"},  # of the policy; the critic follows
+    "dpo": {1e7: "1e-5 to 1e-4", 1e8: "2e-6 to 2e-5", 1e9: "5e-7 to 1e-5"}}
 
 
 def check_rate(args, stage, model):
     """Refuse the default learning rate, which is tuned on 0.9M parameters, for a model of 10M and more.
 
-    Good rates fall about as one over the width. At ten times the parameters the model is about twice as wide.
+    Good rates fall about as one over the width; with ten times the parameters a model is two to three times as wide.
     """
     parameters = count_parameters(model)
     ranges = [words for least, words in START_RATES[stage].items() if parameters >= least]
