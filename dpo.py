@@ -43,13 +43,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from utils.data import call_judge, chunks, describe, load_function, load_held_out, load_prompts, load_rows
-from utils.data import over_ranks, pad, permutation, rows_of_this_rank
+from utils.companions import hold_out, settle_companions
+from utils.data import call_judge, chunks, describe, distinct_prompts, load_function, load_held_out
+from utils.data import load_prompts, load_rows, over_ranks, pad, permutation, rows_of_this_rank
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, from_rank0
 from utils.launch import gather_rows, init_distributed, note_small_lr, optimizer_step, print0
 from utils.launch import print_memory_plan, rank, rollout_weights, world_size
-from utils.models import check_length, check_vocabulary, count_parameters, fingerprint, load_causal_lm
-from utils.models import load_tokenizer, save_model
+from utils.models import check_length, check_rate, check_vocabulary, count_parameters, fingerprint
+from utils.models import load_causal_lm, load_tokenizer, save_model
 from utils.packing import check_mask, shared_logprobs
 from utils.run import Tracker, cached_array, choose_folder, interrupted, leave_interrupted, load_checkpoint
 from utils.run import make_folder, model_card, open_folder, save_checkpoint, stop_if_not_finite
@@ -70,13 +71,16 @@ class Args:
     train_data: str = "assets/data/preferences_train.jsonl"
     """preferences: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, chosen, rejected}. Where
     the sampler cut a response, chosen_finished or rejected_finished is false: no EOS is added (W3)"""
-    eval_data: tuple[str, ...] = (
+    eval_data: tuple[str, ...] | None = (
         "assets/data/preferences_validation.jsonl", "assets/data/preferences_persuasion.jsonl")
-    """held-out preferences, one or more, each evaluated apart"""
-    eval_prompts: str = "assets/data/validation.jsonl"
-    """held-out prompts to continue; column {prompt}"""
+    """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share of
+    --train_data"""
+    eval_prompts: str | None = "assets/data/validation.jsonl"
+    """held-out prompts to continue; column {prompt}; None, the default with your own data: those of the
+    held-out pairs"""
     gold_function: str | None = "assets.vader:positive"
-    """module:name of a Python function (queries, responses) -> scores that only watches; None: no judge"""
+    """module:name of a Python function (queries, responses) -> scores that only watches; None, the default with
+    your own data: no judge"""
     columns: tuple[str, ...] = ()
     """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_prompt_length: int = 32
@@ -108,11 +112,11 @@ class Args:
     """put both texts of a pair into one row that holds their common beginning once, each blind to the other:
     faster where prompts are long; needs a model that obeys such a mask (E27)"""
     lr: float = 2e-4
-    """peak learning rate of AdamW. Paper: 5e-7"""
+    """peak learning rate of AdamW; larger models need another (docs/scaling.md). Paper: 5e-7"""
     lr_schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up: down to 0 as half a cosine, or constant. Paper: cosine"""
     warmup_ratio: float = 0.03
-    """share of the steps with rising learning rate. Paper: 0.03"""
+    """share of the steps, rounded up, with rising learning rate. Paper: 0.03"""
     weight_decay: float = 0.0
     """AdamW weight decay. Paper: 0"""
     adam_eps: float = 1e-8
@@ -371,16 +375,27 @@ def main(args: Args):
     check_flags(args)
     check_batch_size(args.batch_size)
     check_loss(args)
+    args = settle_companions(
+        args, "train_data", ["model"], eval_data=None, eval_prompts=None, gold_function="no judge watches")
     device = init_distributed(args.timeout_minutes)
     folder = choose_folder(args, "dpo")
     tokenizer = load_tokenizer(args.model, "--model")
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
+    check_rate(args, "dpo", model)
     check_length(model, max(args.max_length, args.max_prompt_length + args.response_length),
                  "the larger of --max_length and --max_prompt_length + --response_length")
     train = load_preferences(args.train_data, "--train_data", tokenizer, args)
-    held_out = load_held_out(args.eval_data, "--eval_data", lambda path: load_preferences(
-        path, "--eval_data", tokenizer, args))  # {name: pairs}
-    prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
+    if args.eval_data:
+        held_out = load_held_out(args.eval_data, "--eval_data", lambda path: load_preferences(
+            path, "--eval_data", tokenizer, args))  # {name: pairs}
+    else:
+        train, share = hold_out(train, [pair.row for pair in train], "--train_data", "--eval_data")
+        held_out = load_held_out(["held_out"], "--train_data", lambda _: share)
+    if args.eval_prompts:
+        prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)
+    else:
+        prompts = distinct_prompts(sum(held_out.values(), []), args.max_prompt_length)
+    prompts = prompts[: args.num_eval_prompts]
     gold_function = load_function(args.gold_function, "--gold_function", prompts[0])
     ref_path, ref_flag = (args.ref_model, "--ref_model") if args.ref_model else (args.model, "--model")
     check_vocabulary(ref_path, ref_flag, tokenizer, args.model)

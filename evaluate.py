@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import transformers
 import tyro
 
+from utils.companions import settle_companions
 from utils.data import FORMATS, as_answer, call_judge, load_prompts, over_ranks, pad, read_responses
 from utils.data import rows_of_this_rank, short_names
 from utils.judge import ask_within_budget, fill, open_judges, parse_letter
@@ -84,14 +85,16 @@ class Args:
     greedy: bool = False
     """take the likeliest token instead of sampling; there is no KL then"""
     ref_model: str | None = "assets/sft"
-    """the KL is that to this model; None: no KL. Its tokenizer measures lengths, or else the first model's"""
+    """the KL is that to this model; None, the default with your own prompts: no KL. Its tokenizer measures
+    lengths, or else the first model's"""
     allow_pickle: bool = False
     """read model folders whose weights are pickled (.bin) alone: a pickle of a stranger may run code when it is read"""
 
     # judges
-    judges: tuple[str, ...] = ("assets/reward_model", "assets.vader:compound")
+    judges: tuple[str, ...] | None = ("assets/reward_model", "assets.vader:compound")
     """each one of: a reward model (folder or Hub id); module:name of a Python function of texts, (queries, responses)
-    -> scores; http://... , the base URL of an OpenAI-compatible server. Paper: gpt-3.5-turbo-0125"""
+    -> scores; http://... , the base URL of an OpenAI-compatible server. None, the default with your own prompts: no
+    judge, so lengths, KL and ROUGE alone. Paper: gpt-3.5-turbo-0125"""
     judge_model: str = "gpt-4o-mini"
     """model name to ask a server for"""
     judge_template: str | None = None
@@ -335,6 +338,8 @@ def describe_texts(answers, references, weights):
 def main(args: Args):
     # 1. everything that can be wrong is found before anything is sampled
     check_flags(args)
+    args = settle_companions(args, "prompts", ["models"], ref_model="no KL to a reference",
+                             judges="no win rates, only lengths, KL and ROUGE")
     device = init_distributed(args.timeout_minutes)
     folder = choose_folder(args, "evaluate")
     paths = short_names(args.models, REFERENCES)
@@ -365,7 +370,8 @@ def main(args: Args):
         check_length(reference_model, longest, flags)
     make_folder(args.cache, "--cache")
     open_folder(folder, args, "evaluate")
-    print0(f"{'plan':<22}{len(rows)} prompts; {', '.join(answers)}; judges {', '.join(judges)}; writes {folder}")
+    print0(f"{'plan':<22}{len(rows)} prompts; {', '.join(answers)}; judges {', '.join(judges) or 'none'}; "
+           f"writes {folder}")
 
     # 2. responses of every model, and their log-ratio to the reference model
     for name, path in checkpoints.items():

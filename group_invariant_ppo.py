@@ -53,14 +53,14 @@ import torch
 import tyro
 from transformers import DynamicCache
 
+from utils.companions import hold_out, settle_companions
 from utils.data import call_judge, chunks, deal_by_length, load_function, load_grouped_prompts, load_prompts
 from utils.data import pad, permutation, running_moments
 from utils.launch import all_max, all_sum, check_batch_size, check_flags, create_engine, fail, finish
 from utils.launch import gather_rows, init_distributed, on_device, optimizer_step, print0, rank, rollout_weights
 from utils.launch import world_size
-from utils.models import check_length, forbidden_tokens, load_causal_lm, load_classifier, load_tokenizer
-from utils.models import other_tokenizer, print_plan, save_model
-from utils.models import save_weights
+from utils.models import check_length, check_rate, forbidden_tokens, load_causal_lm, load_classifier
+from utils.models import load_tokenizer, other_tokenizer, print_plan, save_model, save_weights
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 from utils.tokens import decode_responses, retokenize, set_terminator, terminator_ids
@@ -80,11 +80,11 @@ class Args:
     reward_function: str | None = None
     """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
     gold_function: str | None = "assets.vader:positive"
-    """module:name of such a function that only watches. The default judges the embedded task; None: no judge"""
+    """module:name of such a function that only watches; None, the default with your own prompts: no judge"""
     prompts: str = "assets/data/train.jsonl"
     """prompts: .jsonl, .json, .csv, .parquet, folder or Hub id; column {prompt}. N+: the SFT train split"""
-    eval_prompts: str = "assets/data/validation.jsonl"
-    """held-out prompts"""
+    eval_prompts: str | None = "assets/data/validation.jsonl"
+    """held-out prompts; None, the default with your own prompts: a share of --prompts"""
     columns: tuple[str, ...] = ()
     """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_prompt_length: int = 32
@@ -100,7 +100,8 @@ class Args:
     repetition_penalty: float = 1.0
     """divide the logits of tokens seen before while sampling; log-probabilities ignore it. N+: 1.0"""
     missing_eos_score: float | None = -1.0
-    """replaces the score of a response without EOS (detail 23). N+: -1.0; None: keep the score"""
+    """replaces the score of a response without EOS (detail 23). N+: -1.0; None, the default with a reward
+    function: keep the score"""
     rollout_batch_size: int = 64
     """sequences decoded together per rank; in fp32 it changes memory and speed only. N+: 64 (1B) to 4 (6.9B)"""
     offload_frozen: bool = False
@@ -121,9 +122,9 @@ class Args:
     """sequences per forward and rank; with one minibatch it changes memory and speed, not the gradient. N+: 16
     (1B) to 1 (6.9B)"""
     lr: float = 5e-4
-    """learning rate of the policy, falling linearly to 0. N+: 3e-6"""
-    critic_lr: float = 5e-4
-    """learning rate of the critic, falling linearly to 0. N+: 3e-6"""
+    """learning rate of the policy, falling linearly to 0; large models: see docs/scaling.md. N+: 3e-6"""
+    critic_lr: float | None = None
+    """learning rate of the critic, falling linearly to 0; None: that of the policy. N+: 3e-6"""
     weight_decay: float = 0.01
     """AdamW weight decay. N+: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
@@ -162,8 +163,8 @@ class Args:
     """groups count by their shares, or all alike. Paper: uniform, as printed"""
     invariance_estimator: Literal["advantage", "exact"] = "advantage"
     """advantage: the labels are held fixed; exact: they move with the policy. Paper: not known"""
-    group_head_lr: float = 5e-4
-    """learning rate of the group head, falling linearly to 0. Paper: not known"""
+    group_head_lr: float | None = None
+    """learning rate of the group head, falling linearly to 0; None: that of the critic. Paper: not known"""
 
     # evaluation
     eval_every: int = 10
@@ -300,6 +301,7 @@ def load_models(args, tokenizer, prompt):
     longest, flags = args.max_prompt_length + args.response_length, "--max_prompt_length + --response_length"
     for model in (policy, classifier):
         check_length(model, longest, flags)
+        check_rate(args, "ppo", model)
     return policy, ref_policy, ScalarModel(classifier), reward_model, retokenizer
 
 
@@ -769,14 +771,21 @@ def main(args: Args):
     check_flags(args)
     check_batch_size(args.batch_size, args.num_minibatches, args.total_episodes)
     device = init_distributed(args.timeout_minutes)
+    args = settle_companions(args, "prompts", ["sft_model", "reward_model"], eval_prompts=None,
+                             gold_function="no judge watches")
     script = Path(__file__).stem  # it names the folder of a run
     folder = choose_folder(args, script)
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
     prompts, group_of = load_grouped_prompts(args.prompts, "--prompts", tokenizer, args)
-    eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)[: args.num_eval_prompts]
+    if args.eval_prompts:
+        eval_prompts = load_prompts(args.eval_prompts, "--eval_prompts", tokenizer, args)
+    else:
+        rows = [prompt.row for prompt in prompts]
+        prompts, eval_prompts = hold_out(prompts, rows, "--prompts", "--eval_prompts")
+    eval_prompts = eval_prompts[: args.num_eval_prompts]
     if len(eval_prompts) < world_size():
         fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
-             f"{world_size()} ranks need at least one each")
+             f"{world_size()} ranks need at least one each. Give more")
     gold_function = load_function(args.gold_function, "--gold_function", prompts[0])
     reward_function = load_function(args.reward_function, "--reward_function", prompts[0])
     policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer, prompts[0].text)
@@ -787,6 +796,7 @@ def main(args: Args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
         critic.classifier.gradient_checkpointing_enable()
+    critic_peak_lr = args.lr if args.critic_lr is None else args.critic_lr
     trained, engines = {"policy": policy, "critic": critic}, {}
     trained["group_head"] = GroupHead(  # [G11] a module of its own, with an optimizer of its own
         critic.classifier.score.in_features, args.num_groups, args.seed)
@@ -849,7 +859,8 @@ def main(args: Args):
     for update in range(progress["step"] + 1, args.num_updates + 1):
         clock = [time.time()]
         fraction_left = 1 - (update - 1) / args.num_updates  # [detail 42] learning rates fall linearly to 0
-        lr, critic_lr = args.lr * fraction_left, args.critic_lr * fraction_left
+        lr, critic_lr = args.lr * fraction_left, critic_peak_lr * fraction_left
+        group_head_lr = critic_lr if args.group_head_lr is None else args.group_head_lr * fraction_left
 
         # 3. rollout: this rank's episodes of the update
         first = (update - 1) * args.batch_size
@@ -958,7 +969,7 @@ def main(args: Args):
                     engines["critic"].backward(vf_loss * world_size())
                     epoch_values[epoch, rows] = new_values.detach()
                 if args.beta_critic and epoch == 0:
-                    norm = optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)
+                    norm = optimizer_step(engines["group_head"], group_head_lr)
                     norms["group_head"].append(norm)
                 norms["critic"].append(optimizer_step(engines["critic"], critic_lr))
         clock.append(time.time())

@@ -37,11 +37,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from utils.companions import hold_out, settle_companions
 from utils.data import chunks, describe, load_held_out, load_rows, over_ranks, pad, permutation
 from utils.data import rows_of_this_rank
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, world_size
-from utils.models import check_length, count_parameters, load_classifier, load_tokenizer, save_model
+from utils.models import check_length, check_rate, count_parameters, load_classifier, load_tokenizer
+from utils.models import save_model
 from utils.packing import check_mask, packed_inputs, share_prefix, shared_length
 from utils.run import Interrupted, Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint
 from utils.run import model_card, open_folder, save_checkpoint, stop_if_not_finite
@@ -58,11 +60,13 @@ class Args:
     """read models whose weights are pickled (.bin) alone: a stranger's pickle may run code when it is read"""
     train_data: str = "assets/data/preferences_train.jsonl"
     """preferences: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, chosen, rejected}"""
-    eval_data: tuple[str, ...] = (
+    eval_data: tuple[str, ...] | None = (
         "assets/data/preferences_validation.jsonl", "assets/data/preferences_persuasion.jsonl")
-    """held-out preferences, one or more, each evaluated apart. Paper: TL;DR validation and CNN/DM"""
-    demonstrations: str = "assets/data/train.jsonl"
-    """their scores average 0 after training; columns {prompt, completion}. Paper: the SFT train split"""
+    """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share of
+    --train_data. Paper: TL;DR validation and CNN/DM"""
+    demonstrations: str | None = "assets/data/train.jsonl"
+    """their scores average 0 after training; columns {prompt, completion}; None, the default with your own
+    data: the chosen answers of --train_data. Paper: the SFT train split"""
     columns: tuple[str, ...] = ()
     """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_length: int = 64
@@ -81,9 +85,9 @@ class Args:
     """put both texts of a pair into one row that holds their common beginning once, each blind to the other:
     faster where prompts are long; needs a model that obeys such a mask (E27)"""
     lr: float = 2e-3
-    """peak learning rate of AdamW. Paper: 3e-6"""
+    """peak learning rate of AdamW; larger models need another (docs/scaling.md). Paper: 3e-6"""
     warmup_ratio: float = 0.05
-    """share of the steps with rising learning rate, before the cosine to 0. Paper: 0"""
+    """share of the steps, rounded up, with rising learning rate, before the cosine to 0. Paper: 0"""
     weight_decay: float = 0.01
     """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
@@ -332,14 +336,24 @@ def main(args: Args):
     # 1. ranks, data, model
     check_flags(args)
     check_batch_size(args.batch_size)
+    args = settle_companions(args, "train_data", ["model"], eval_data=None,
+                             demonstrations="the chosen answers of --train_data")
     device = init_distributed(args.timeout_minutes)
     folder = choose_folder(args, "reward_model")
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_pairs(args.train_data, "--train_data", tokenizer, args)
-    held_out = load_held_out(args.eval_data, "--eval_data", lambda path: load_pairs(
-        path, "--eval_data", tokenizer, args), args.accuracy_by)  # {name: pairs}
-    demonstrations = load_demonstrations(args.demonstrations, "--demonstrations", tokenizer, args)
+    if args.eval_data:
+        held_out = load_held_out(args.eval_data, "--eval_data", lambda path: load_pairs(
+            path, "--eval_data", tokenizer, args), args.accuracy_by)  # {name: pairs}
+    else:
+        train, share = hold_out(train, [pair[2] for pair in train], "--train_data", "--eval_data")
+        held_out = load_held_out(["held_out"], "--train_data", lambda _: share, args.accuracy_by)
+    if args.demonstrations:
+        demonstrations = load_demonstrations(args.demonstrations, "--demonstrations", tokenizer, args)
+    else:
+        demonstrations = [chosen for chosen, _, _ in train]
     model = load_classifier(args.model, "--model", tokenizer, new_head=True)  # [detail 7] without dropout
+    check_rate(args, "reward_model", model)
     check_length(model, args.max_length, "--max_length")
     if args.share_prefix:  # [E27] completions are blind to one another
         check_mask(model, "--share_prefix", args.max_length)
@@ -361,7 +375,7 @@ def main(args: Args):
         "--train_data": train, "--eval_data": held_out, "--demonstrations": demonstrations})
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = int(args.warmup_ratio * total_steps)
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {
         "step": 0, "evaluated": False}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0, state["evaluated"])
@@ -449,8 +463,9 @@ def main(args: Args):
 
     # 6. save
     save_model(engine, model, tokenizer, folder)
+    averaged = f"`{args.demonstrations}`" if args.demonstrations else "the chosen answers"
     model_card(folder, "reward_model.py", args.model, args.train_data, [
-        f"Its logit averages {scores.mean():.6f} over `{args.demonstrations}`. That is `reward_mean` in",
+        f"Its logit averages {scores.mean():.6f} over {averaged}. That is `reward_mean` in",
         "config.json; our scripts subtract it, other tools see the logit as it is."])
     tracker.close({"before": state["before"], "after": state["after"], "calibration": state["calibration"],
                    "reward_mean": float(scores.mean()), "reward_std": float(scores.std())})

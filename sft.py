@@ -33,11 +33,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from utils.companions import hold_out, settle_companions
 from utils.data import chunks, describe, load_rows, pad, permutation, rows_of_this_rank
 from utils.launch import all_sum, check_batch_size, check_flags, create_engine, fail, finish, gather_rows
 from utils.launch import init_distributed, optimizer_step, print0, print_memory_plan, rollout_weights
 from utils.launch import world_size
-from utils.models import check_length, count_parameters, load_causal_lm, load_tokenizer, save_model
+from utils.models import check_length, check_rate, count_parameters, load_causal_lm, load_tokenizer
+from utils.models import save_model
 from utils.packing import check_mask, pack, packed_inputs
 from utils.rouge import rouge
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
@@ -55,8 +57,8 @@ class Args:
     """read models whose weights are pickled (.bin) alone: a stranger's pickle may run code when it is read"""
     train_data: str = "assets/data/train.jsonl"
     """demonstrations: .jsonl, .json, .csv, .parquet, folder or Hub id; {prompt, completion} or {text}"""
-    eval_data: str = "assets/data/validation.jsonl"
-    """held-out demonstrations, same columns"""
+    eval_data: str | None = "assets/data/validation.jsonl"
+    """held-out demonstrations, same columns; None, the default with your own data: a share of --train_data"""
     columns: tuple[str, ...] = ()
     """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_length: int = 64
@@ -77,9 +79,9 @@ class Args:
     micro_batch_size: int = 16
     """sequences per forward and rank; changes memory and speed, not the gradient. Paper: 1"""
     lr: float = 4e-3
-    """peak learning rate of AdamW. Paper: 3e-6"""
+    """peak learning rate of AdamW; larger models need another (docs/scaling.md). Paper: 3e-6"""
     warmup_ratio: float = 0.05
-    """share of the steps with rising learning rate, before the cosine to 0. Paper: 0"""
+    """share of the steps, rounded up, with rising learning rate, before the cosine to 0. Paper: 0"""
     weight_decay: float = 0.01
     """AdamW weight decay. Paper: 0.01, torch's default (detail 43)"""
     adam_eps: float = 1e-5
@@ -145,6 +147,9 @@ def encode_demonstration(row, tokenizer):
 def load_demonstrations(path, flag, tokenizer, args):
     """List of (ids, prompt_length, row), without the rows that are too long or empty, which are counted."""
     rows = load_rows(path, flag, [("prompt", "completion"), ("text",)], tokenizer, args.max_prompt_length)
+    if args.completion_only and "completion" not in rows[0]:
+        fail(f"--completion_only: {flag} {path} has {{text}} alone, and so no prompt to leave out. Give it columns "
+             "{prompt, completion} or messages, or leave out --completion_only")
     encoded = [(*encode_demonstration(row, tokenizer), row) for row in rows]
     fits = [len(ids) <= args.max_length for ids, _, _ in encoded]
     kept = [item for item, ok in zip(encoded, fits) if ok and len(item[0]) - item[1] > 1]  # more than EOS
@@ -247,16 +252,17 @@ def main(args: Args):
     # 1. ranks, data, model
     check_flags(args)
     check_batch_size(args.batch_size)
+    args = settle_companions(args, "train_data", ["model"], eval_data=None)
     device = init_distributed(args.timeout_minutes)
     folder = choose_folder(args, "sft")
     tokenizer = load_tokenizer(args.model, "--model")
     train = load_demonstrations(args.train_data, "--train_data", tokenizer, args)
-    held_out = load_demonstrations(args.eval_data, "--eval_data", tokenizer, args)
-    for flag, items in (("train_data", train), ("eval_data", held_out)):
-        if args.completion_only and "completion" not in items[0][2]:
-            fail(f"--completion_only: --{flag} {getattr(args, flag)} has {{text}} alone, and so no prompt to leave "
-                 "out. Give it columns {prompt, completion} or messages, or leave out --completion_only")
+    if args.eval_data:
+        held_out = load_demonstrations(args.eval_data, "--eval_data", tokenizer, args)
+    else:
+        train, held_out = hold_out(train, [item[2] for item in train], "--train_data", "--eval_data")
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
+    check_rate(args, "sft", model)
     decoding_copy = None  # at ZeRO 3 the model is in pieces: a whole copy to decode with
     if args.zero_stage == 3:
         decoding_copy = load_causal_lm(args.model, "--model", tokenizer, args.bf16).to(device)
@@ -279,7 +285,7 @@ def main(args: Args):
     packs = pack(train, args.pack_length)  # without the flag, each row alone
     steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = int(args.warmup_ratio * total_steps)
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "

@@ -137,7 +137,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "G9": ("group_invariant_ppo.py", "args.batch_size) * inverse_sd", "args.batch_size)"),
     "G10": ("group_invariant_ppo.py", "best = means.masked_fill(shares < 1e-9, -torch.inf).argmax()",
             "best = group_means(labels, scores)[1].argmin()"),
-    "G11": ("group_invariant_ppo.py", 'optimizer_step(engines["group_head"], args.group_head_lr * fraction_left)',
+    "G11": ("group_invariant_ppo.py", 'optimizer_step(engines["group_head"], group_head_lr)',
             'optimizer_step(engines["group_head"], critic_lr)'),
     "W1": ("dpo.py", "load_causal_lm(ref_path, ref_flag,", 'load_causal_lm(args.model, "--model",'),
     "W2": ("dpo.py", "return (logprobs * is_response).sum(-1)",

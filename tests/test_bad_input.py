@@ -736,7 +736,7 @@ def test_number_out_of_range_is_named(script, name, value, inputs, tmp_path, ref
 def test_every_number_has_a_range(script):
     """Each int or float flag is in a table of ranges, but for those that may be anything."""
     free = {"local_rank", "missing_eos_score"}
-    numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in (int, float)}
+    numbers = {field.name for field in dataclasses.fields(script.Args) if field.type in (int, float, float | None)}
     ranges = AT_LEAST_1 | AT_LEAST_0 | ABOVE_0 | AT_MOST_1 | {"zero_stage", "num_groups", "label_smoothing"}
     assert numbers - free <= ranges
 
@@ -744,7 +744,7 @@ def test_every_number_has_a_range(script):
 def test_the_numbers_of_groups_are_checked():
     """The flags that group_invariant_ppo.py has beyond ppo.py are among those above."""
     own = {field.name for field in dataclasses.fields(group_invariant_ppo.Args)
-           if field.type in (int, float) and not hasattr(ppo.Args, field.name)}
+           if field.type in (int, float, float | None) and not hasattr(ppo.Args, field.name)}
     assert own == {"episodes_per_prompt", "score_clip", "num_groups", "beta_critic", "beta_policy", "group_head_lr"}
     tried = {(name, value) for script, name, value in numeric_flags() if script is group_invariant_ppo and name in own}
     assert tried == {("episodes_per_prompt", 0), ("num_groups", 1), *((name, -1) for name in own - {

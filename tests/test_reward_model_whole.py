@@ -142,7 +142,7 @@ def plain_run(folder):
     for step, batch in enumerate(whole.batches(len(train), 8, 7, 3), 1):
         good, bad = scores_of(model, [train[i] for i in batch])
         loss = torch.log1p(torch.exp(bad - good)).mean()
-        lr = whole.rate(step - 1, STEPS, 2, 5e-3)  # 30 % of 9 steps, rounded down
+        lr = whole.rate(step - 1, STEPS, 3, 5e-3)  # 30 % of 9 steps, rounded up
         norms.append(whole.plain_step(optimizer, model, loss, lr, 0.5))
         weights[step] = whole.weights_of(model)
         if step in LOGGED:

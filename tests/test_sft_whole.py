@@ -108,7 +108,7 @@ def plain_run(folder, case):
     for step, batch in enumerate(whole.batches(len(train), 5, 7, 3), 1):
         rows = [row for i in batch for row in train[i]]
         loss = torch.cat([losses_of(model, row, flags["completion_only"]) for row in rows]).mean()
-        lr = whole.rate(step - 1, STEPS, 2, 5e-3)  # 30 % of 9 steps, rounded down
+        lr = whole.rate(step - 1, STEPS, 3, 5e-3)  # 30 % of 9 steps, rounded up
         norms.append(whole.plain_step(optimizer, model, loss, lr, 0.5))
         weights[step] = whole.weights_of(model)
         if step in LOGGED:

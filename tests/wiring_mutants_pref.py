@@ -241,24 +241,24 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "* len(batch) / 4 * world_size())",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "sft.py: --warmup_ratio is ignored": (
-        "sft.py", "int(args.warmup_ratio * total_steps)",
-        "int(Args.warmup_ratio * total_steps)",
+        "sft.py", "math.ceil(args.warmup_ratio * total_steps)",
+        "math.ceil(Args.warmup_ratio * total_steps)",
         "tests/test_sft_whole.py::test_metrics_equal_those_of_the_plain_loop"),
-    "sft.py: warm-up is rounded up": (
-        "sft.py", "int(args.warmup_ratio * total_steps)",
-        "math.ceil(args.warmup_ratio * total_steps)",
+    "sft.py: warm-up is rounded down": (
+        "sft.py", "math.ceil(args.warmup_ratio * total_steps)",
+        "int(args.warmup_ratio * total_steps)",
         "tests/test_sft_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "sft.py: a checkpoint forgets the first evaluation": (
         "sft.py", "{\"before\": state[\"before\"]}",
         "{\"before\": None}",
         "tests/test_sft_whole.py::test_weights_equal_those_of_the_plain_loop"),
     "reward_model.py: --warmup_ratio is ignored": (
-        "reward_model.py", "int(args.warmup_ratio * total_steps)",
-        "int(Args.warmup_ratio * total_steps)",
+        "reward_model.py", "math.ceil(args.warmup_ratio * total_steps)",
+        "math.ceil(Args.warmup_ratio * total_steps)",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
-    "reward_model.py: warm-up is rounded up": (
-        "reward_model.py", "int(args.warmup_ratio * total_steps)",
-        "math.ceil(args.warmup_ratio * total_steps)",
+    "reward_model.py: warm-up is rounded down": (
+        "reward_model.py", "math.ceil(args.warmup_ratio * total_steps)",
+        "int(args.warmup_ratio * total_steps)",
         "tests/test_reward_model_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "reward_model.py: a checkpoint forgets the first evaluation": (
         "reward_model.py", "(folder, step, {\"model\": engine}, state)",
@@ -489,8 +489,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "0 * logprobs[0].sum()",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: --num_eval_prompts is ignored": (
-        "dpo.py", "tokenizer, args)[: args.num_eval_prompts]",
-        "tokenizer, args)[:500]",
+        "dpo.py", "prompts = prompts[: args.num_eval_prompts]",
+        "prompts = prompts[:500]",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: training prompts are continued": (
         "dpo.py", "load_prompts(args.eval_prompts,",

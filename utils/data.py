@@ -315,6 +315,16 @@ def load_grouped_prompts(path, flag, tokenizer, args):
     return prompts, groups
 
 
+def distinct_prompts(pairs, max_prompt_length):
+    """Prompts as of `load_prompts`: those of dpo.py's held-out pairs, each once, without the too long ones."""
+    prompts = list({pair.row["prompt"]: Prompt(pair.prompt, pair.row["prompt"], pair.row) for pair in pairs}.values())
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= max_prompt_length]
+    describe("--eval_prompts", "none given, so those of the held-out pairs", [len(prompt.ids) for prompt in kept],
+             {f"over {max_prompt_length} tokens": len(prompts) - len(kept)},
+             [len(prompt.ids) for prompt in prompts], "--max_prompt_length")
+    return kept
+
+
 def as_answer(prompt, text, tokenizer, ended=None):
     """A text that evaluate.py has not sampled, as a row like its samples.
 
@@ -359,11 +369,11 @@ def short_names(paths, *taken):
 
 
 def load_function(spec, flag, prompt=None):
-    """The function that `module:name` names, or None for None; the current folder is on the import path.
+    """The function that `module:name` names, or None for None or nothing; the current folder is on the import path.
 
     prompt: a Prompt to try a judge on, so that one that cannot work is found before anything is written.
     """
-    if spec is None:
+    if not spec:
         return None
     module, colon, name = spec.partition(":")
     if not (module and colon and name):

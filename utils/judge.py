@@ -325,7 +325,7 @@ def open_judges(args, prompts):
     kind and judge: "reward model" and (classifier, its tokenizer), "function" and the function, "server" and a Server.
     """
     judges = {}
-    for name, spec in short_names(args.judges).items():
+    for name, spec in short_names(args.judges or ()).items():
         flag = f"--judges {spec}"
         is_server = spec.startswith(("http://", "https://"))
         name = args.judge_model if is_server else name

@@ -79,6 +79,12 @@ def read_columns(pairs):
         renamed[theirs] = ours
 
 
+def given(args, flag):
+    """Whether the user has given a flag: its value is not the default, or it stands on the command line."""
+    on_command_line = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:]}
+    return getattr(args, flag) != getattr(type(args), flag) or f"__{flag}" in on_command_line
+
+
 def disk_fault(error):
     """What a disk that is full, gone or not writable says, in one line; None: the exception is something else."""
     if isinstance(error, OSError) and error.errno in (

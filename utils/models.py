@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from utils.launch import allowed, fail, full_state_dict, note_small_lr, print0, print_memory_plan, rank
+from utils.launch import allowed, fail, full_state_dict, given, note_small_lr, print0, print_memory_plan, rank
 from utils.launch import world_size
 from utils.tokens import generation_eos_ids, terminator_ids
 
@@ -248,6 +248,27 @@ def print_plan(args, default_lr, folder, device, policy, critic, frozen):
     print_memory_plan(args, count_parameters(policy) + count_parameters(critic),
                       sum(count_parameters(model) for model in frozen if model))
     note_small_lr(args.lr, default_lr, count_parameters(policy))
+
+
+# Where to start the search for a learning rate, {stage: {number of parameters from which on: range}}; docs/scaling.md
+# says where they come from. From 1e9 on they are the papers'.
+START_RATES = {
+    "sft": {1e7: "1e-4 to 1e-3", 1e8: "1e-5 to 1e-4", 1e9: "3e-6 to 2e-5"},
+    "reward_model": {1e7: "5e-5 to 5e-4", 1e8: "1e-5 to 1e-4", 1e9: "2e-6 to 1e-5"},
+    "ppo": {1e7: "1e-5 to 1e-4", 1e8: "3e-6 to 3e-5", 1e9: "5e-7 to 3e-6"},  # of the policy; the critic follows
+    "dpo": {1e7: "1e-5 to 1e-4", 1e8: "2e-6 to 2e-5", 1e9: "5e-7 to 1e-5"}}
+
+
+def check_rate(args, stage, model):
+    """Refuse the default learning rate, which is tuned on 0.9M parameters, for a model of 10M and more.
+
+    Good rates fall about as one over the width; with ten times the parameters a model is two to three times as wide.
+    """
+    parameters = count_parameters(model)
+    ranges = [words for least, words in START_RATES[stage].items() if parameters >= least]
+    if ranges and not given(args, "lr"):
+        fail(f"--lr: not given, and the default {args.lr:g} is tuned on the embedded model of 0.9M parameters; this one "
+             f"has {parameters / 1e6:,.0f}M. Start with a rate from {ranges[-1]} (docs/scaling.md, Learning rates)")
 
 
 def count_parameters(model):
