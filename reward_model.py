@@ -48,7 +48,7 @@ from utils.packing import check_mask, packed_inputs, share_prefix, shared_length
 from utils.run import Interrupted, Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint
 from utils.run import model_card, open_folder, save_checkpoint, stop_if_not_finite
 from utils.statistics import accuracy, calibration, clustered_interval
-from utils.tokens import encode_texts, show_example, the_terminator
+from utils.tokens import encode_prompt, encode_texts, show_example, the_terminator
 
 
 @dataclass
@@ -303,7 +303,7 @@ def evaluate(engine, pairs, tokenizer, args, shuffle=False):
         fail("a held-out score is not finite: the weights have gone wrong. Start anew with a lower --lr")
     correct = accuracy(chosen_scores, rejected_scores)
     distinct = sorted(set(prompts))
-    prompt_length = {prompt: len(tokenizer(prompt).input_ids) for prompt in distinct}
+    prompt_length = {prompt: len(encode_prompt(prompt, tokenizer)) for prompt in distinct}
     lengths = [len(ids) - prompt_length[prompt] for ids, prompt in zip(chosen + rejected, prompts * 2)]
     varied = len(set(lengths)) > 1 and len(set(all_scores)) > 1  # else there is no correlation
     low, high = clustered_interval(correct, prompts)

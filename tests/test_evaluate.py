@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -279,6 +280,17 @@ def exchange_words(file):
     file.write_text(json.dumps(content))
 
 
+ENDINGS = list(range(0, 1000, 16))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_token_in_sixteen_ends_a_response():
+    """As if these were special tokens that the generation configs named, so that random models end early."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.models.generation_eos_ids", lambda path, *_: [5] if Path(path, "five").exists() else ENDINGS)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two tiny random language models, a reward model with other ids and a mean, prompts with references and groups."""
@@ -294,8 +306,6 @@ def folder(tmp_path_factory):
         if name == "rm":
             config.reward_mean = 0.75
         model = kind(config)
-        if name != "rm":  # one token in sixteen ends a response
-            model.generation_config.eos_token_id = list(range(0, 1000, 16))
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     exchange_words(folder / "rm" / "tokenizer.json")
@@ -328,14 +338,15 @@ def test_greedy_responses_equal_generate_row_by_row(folder, tokenizer, micro_bat
     assert len({len(ids) for ids in sequences}) > 1
     found = evaluate.generate_responses(model, sequences, tokenizer, make_args(
         folder, greedy=True, micro_batch_size=micro_batch_size), "cpu")
-    endings = set(range(0, 1000, 16))
+    endings = set(ENDINGS)
     for ids, answer in zip(sequences, found):
         output = model.generate(
             input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=8,
             eos_token_id=sorted(endings), pad_token_id=PAD)[0, len(ids) :].tolist()
         assert answer["tokens"] == output and answer["length"] == len(output)
         assert answer["ended"] == (output[-1] in endings)
-        assert answer["response"] == tokenizer.decode(output, skip_special_tokens=True)
+        words = [token for token in output if token not in endings]
+        assert answer["response"] == tokenizer.decode(words, skip_special_tokens=True)
     assert {answer["ended"] for answer in found} == {True, False}
 
 
@@ -645,7 +656,7 @@ def test_a_second_run_takes_its_samples_from_the_cache(folder, finished, tmp_pat
     assert {**again, "command": ""} == {**results, "command": ""}
     assert read_rows(tmp_path / "again" / "samples.jsonl") == samples
     shutil.copytree(folder / "one", tmp_path / "one")
-    (tmp_path / "one/generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (tmp_path / "one/five").touch()  # other terminators
     for number, changes in enumerate((
             dict(seed=2), dict(temperature=0.9), dict(response_length=9), dict(greedy=True), dict(micro_batch_size=8),
             dict(num_prompts=39), dict(models=(str(tmp_path / "one"),)))):
@@ -674,7 +685,7 @@ def test_responses_in_a_file_are_a_model(folder, finished, tmp_path):
 def test_lengths_of_given_texts(folder, tokenizer):
     """EOS counts, but for a text that is known to have been cut; no text has length 0, which has no logarithm."""
     plain = len(tokenizer(" she said").input_ids)
-    lengths = [as_answer(text, tokenizer, ended)["length"] for text in (" she said", "")
+    lengths = [as_answer("It was", text, tokenizer, ended)["length"] for text in (" she said", "")
                for ended in (None, True, False)]
     assert lengths == [plain + 1, plain + 1, plain, 1, 1, 1]
 

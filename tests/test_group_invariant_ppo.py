@@ -573,7 +573,7 @@ def observe(flags, folder, scale=10.0, **changes):
         gradient, multiplier, token_rewards, gae = (
             o.calls[name][u] for name in ("label_gradient", "advantage_multiplier", "token_rewards", "gae"))
         o.updates.append(SimpleNamespace(
-            number=u, prompts=[ids for ids, _ in new[u].args[1]], texts=[text for _, text in new[u].args[1]],
+            number=u, prompts=[ids for ids, _, _ in new[u].args[1]], texts=[text for _, text, _ in new[u].args[1]],
             responses=responses, lengths=lengths, ended=ended, mask=mask, value_mask=value_mask,
             scores=scored[u].result, labels=gradient.args[0], group_returns=gradient.args[1], gradient=gradient.result,
             kappas=multiplier.result, kl=token_rewards.args[0], normalized=token_rewards.args[1],

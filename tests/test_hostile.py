@@ -219,8 +219,8 @@ def test_texts_are_not_changed(words, tmp_path):
         rows, _ = read(tmp_path / file, "prompts", words)
         expected = (["She was", "He had, then", "It is"] if name.startswith("CSV") else ["null", "NaN", "None"]
                     if file == "a.csv" else [json.loads(line)["prompt"] for line in content.decode().split("\n") if line])
-        assert [text for _, text in rows] == expected
-        assert [words.decode(ids) for ids, _ in rows] == expected
+        assert [text for _, text, _ in rows] == expected
+        assert [words.decode(ids) for ids, _, _ in rows] == expected
     (tmp_path / "a.csv").write_bytes(CSV)
     rows, _ = read(tmp_path / "a.csv", "demonstrations", words)
     assert [row["completion"] for _, _, row in rows] == ["happy", 'a "house"', "so;\r\nshe knew"]
@@ -257,8 +257,8 @@ def test_any_text_is_kept_as_it_is(texts, words, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(*({"prompt": text} for text in texts)))
     rows, printed = read(tmp_path / "a.jsonl", "prompts", words)
     short = [text for text in texts if len(words(text).input_ids) <= 32]
-    assert [text for _, text in rows or []] == short
-    assert [words.decode(ids) for ids, _ in rows or []] == short
+    assert [text for _, text, _ in rows or []] == short
+    assert [words.decode(ids) for ids, _, _ in rows or []] == short
     assert rows is None or len(short) == len(texts) or f"{len(texts) - len(short)} over 32 tokens" in printed
 
 

@@ -217,7 +217,8 @@ def check_spelling(rows, flag, path, tokenizer, sample=200):
     for number, row in list(enumerate(rows, 1))[::step]:
         for name in ("completion", "chosen", "rejected"):
             if isinstance(row.get("prompt"), str) and isinstance(row.get(name), str):
-                prompt, response = row["prompt"], split_terminator(row["prompt"], row[name], tokenizer)[0]
+                response = split_terminator(row["prompt"], row[name], tokenizer)[0][:200]
+                prompt = row["prompt"][-200:]  # what matters is where the two meet
                 ids = encode_prompt(prompt, tokenizer) + encode_response(prompt, response, tokenizer)
                 found, both = spell(ids, tokenizer), spell(encode_prompt(prompt + response, tokenizer), tokenizer)
                 if found not in (both, prompt + response):
