@@ -314,7 +314,7 @@ def reward_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         out = tmp_path_factory.mktemp("reward_run")
-        flags = [*Runs(out, "reward_model", 1, 0).flags, "--eval_batch_size=4"]
+        flags = [*Runs(out, "reward_model", 1, 0).flags, "--eval_batch_size=4", "--save_every=4"]
         reward_model.main(reward_model.tyro.cli(reward_model.Args, args=[*flags, f"--output_dir={out / 'whole'}"]))
     return flags, out / "whole"
 

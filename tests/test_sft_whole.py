@@ -27,7 +27,7 @@ FLAGS = dict(
     gradient_checkpointing=True, timeout_minutes=3.0)
 CASES = {  # rows by column: {prompt, completion} twice, {text} once
     "rows": dict(pack_length=0, completion_only=False),
-    "texts": dict(pack_length=PACK, completion_only=True),
+    "texts": dict(pack_length=PACK, completion_only=False),
     "packs": dict(pack_length=PACK, completion_only=True)}
 ELSEWHERE = {  # flags that have a run of their own, or cannot differ here
     "allow_pickle", "columns", "resume", "overwrite", "zero_stage", "offload_optimizer", "bf16", "local_rank", "model",

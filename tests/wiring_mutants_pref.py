@@ -135,7 +135,7 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
     "reward_model.py: no checkpoint before the normalisation": (
         "reward_model.py", "% args.save_every == 0 or step == total_steps:",
         "% args.save_every == 0:",
-        "tests/test_reward_model_whole.py::test_weights_equal_those_of_the_plain_loop"),
+        "tests/test_reliability.py::test_sigterm_while_the_reward_model_only_scores"),
     "reward_model.py: an epoch leaves out its last batch": (
         "reward_model.py", "math.ceil(len(train) / args.batch_size)",
         "len(train) // args.batch_size",
