@@ -24,7 +24,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "1": ("utils/formats.py", 'summaries[row["choice"]], summaries[1 - row["choice"]]',
           'summaries[1 - row["choice"]], summaries[row["choice"]]'),
     "2": ("utils/formats.py", 'text.rpartition("\\n")', 'text.partition("\\n")'),
-    "3": ("sft.py", "[tokenizer.eos_token_id], len(prompt)", "[], len(prompt)"),
+    "3": ("sft.py", "return prompt + completion, len(prompt)", "return (prompt + completion)[:-1], len(prompt)"),
     "4": ("utils/formats.py", "CNNDM_PROMPT_LENGTH = 1919", "CNNDM_PROMPT_LENGTH = 512"),
     "5": ("sft.py", 'tokenizer.pad_token_id, "right", device)', 'tokenizer.pad_token_id, "left", device)'),
     "6": ("utils/data.py", 'pair[-1].get("batch") in CNNDM_BATCHES', "False"),

@@ -213,7 +213,7 @@ def test_dpo_continues_the_prompts_of_the_held_out_pairs_each_once(own, tmp_path
     capsys.readouterr()
     dpo.main(flags_of(dpo, own, tmp_path / "run2", eval_data=(str(tmp_path / "held.jsonl"),), max_prompt_length=4))
     assert [row["query"] for row in rows_of(tmp_path / "run2/samples.jsonl")] == PROMPTS[:2] * 2
-    assert "2 rows (dropped: 1 over --max_prompt_length 4 tokens)" in capsys.readouterr().out
+    assert "2 rows (dropped: 1 over 4 tokens)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [ppo, group_invariant_ppo], ids=named)

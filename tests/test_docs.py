@@ -261,7 +261,7 @@ def test_the_group_commands_read_conversations_and_dialogues_alike(tmp_path, mon
     assert (row["prompt"], row["completion"]) == (start, " A cat.")
     args = group_invariant_ppo.Args(max_prompt_length=64)
     prompts, groups = group_invariant_ppo.load_grouped_prompts("hh.jsonl", "--prompts", tokenizer, args)
-    assert [text for _, text in prompts] == [start] and groups == {}
+    assert [text for _, text, _ in prompts] == [start] and groups == {}
 
 
 def test_evaluate_commands_are_understood():

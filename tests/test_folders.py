@@ -176,7 +176,7 @@ def test_an_original_and_what_was_made_from_it_have_one_vocabulary(tmp_path):
         for other in paths:
             check_vocabulary(other, "--ref_model", tokenizer, path)
             args = SimpleNamespace(reward_model=other, sft_model=path, retokenize=False)
-            assert other_tokenizer(args, tokenizer) is None
+            assert other_tokenizer(args, tokenizer, load_tokenizer(other, "--reward_model")) is None
         assert len(load_tokenizers(paths, path)) == 3
 
 
@@ -218,7 +218,11 @@ def test_a_chain_of_scripts_from_such_folders_saves_ids_that_agree(family, rows,
 def test_the_generation_config_keeps_further_ends_and_names_eos(tmp_path):
     """Its own stop tokens stay; the tokenizer's EOS, which ends responses in all scripts, is among them."""
     folder = save(tmp_path / "lm")
-    for stored, saved in ((7, [EOS, 7]), ([7, EOS], [7, EOS]), (EOS, EOS), (None, EOS)):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom|>"]})
+    tokenizer.save_pretrained(folder)
+    eom = tokenizer.convert_tokens_to_ids("<|eom|>")
+    for stored, saved in ((eom, [EOS, eom]), ([eom, EOS], [EOS, eom]), (EOS, EOS), (None, EOS)):
         GenerationConfig(eos_token_id=stored, pad_token_id=EOS).save_pretrained(folder)
         model = load_causal_lm(folder, "--model", load_tokenizer(folder, "--model"))
         assert model.generation_config.eos_token_id == saved and model.config.eos_token_id == EOS
