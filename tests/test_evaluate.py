@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 import evaluate
 import reward_model
 from evaluate import agreement, both_orders, compare, describe_texts, interval, length_controlled, resample_prompts
+from evaluate import split_words
 from utils.data import as_answer, pad, short_names
 from utils.judge import Server, ask_within_budget, connect
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
@@ -253,6 +254,18 @@ def test_describe_texts_by_hand():
     none = describe_texts([{**row, "ended": None, "kl": None} for row in answers[2:]], [], weights[:, 2:])
     assert {key for key, value in none.items() if value is None} == {
         "ended", "kl", "kl_low", "kl_high", "rouge1", "rouge2", "rougeL", "distinct_1", "distinct_2", "distinct_3"}
+
+
+def test_words_of_scripts_without_spaces_are_characters():
+    """Elsewhere a word is what stands between spaces; a Chinese or Thai text is not one word, and has distinct n-grams."""
+    english = [json.loads(line)["completion"] for line in open(ROOT / "assets/data/validation.jsonl", encoding="utf-8")]
+    for text in [*english, "Он был рад, «очень» рад.", "صباح الخير", "a\u00a0b\u2003c\n\td\x1ee", "😀 good-day", " ", ""]:
+        assert split_words(text) == text.split()
+    assert split_words("今天 very好!\u3000ok。") == ["今", "天", "very", "好", "!", "ok", "。"]
+    assert split_words("สวัสดี") == list("สวัสดี") and split_words("すごい") == list("すごい")
+    answers = [{"response": "好好学习天天向上", "length": 8, "ended": True, "kl": None}]
+    found = describe_texts(answers, [], resample_prompts(range(1), 1))
+    assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (6 / 8, 1.0, 1.0)
 
 
 def test_rouge_is_that_of_the_library():
