@@ -360,11 +360,11 @@ def evaluate_samples(model, prompts, gold_function, tokenizer, args):
         texts = [row["query"] for row in rows], [row["response"] for row in rows]
         golds = call_judge(gold_function, "--gold_function", *texts, [prompt.row for prompt in mine])
         rows = [{**row, "gold": gold} for row, gold in zip(rows, golds)]
+    starts = gather_rows(tuple(row.pop("tokens")[:4]) for row in rows)  # tokens: not every script has spaces
     rows = gather_rows(rows)
     names = [name for name in ("gold", "length", "ended") if name in rows[0]]
     metrics = {f"eval/{name}": np.mean([row[name] for row in rows]) for name in names}
-    starts = {tuple(row["response"].split()[:3]) for row in rows}
-    return metrics | {"eval/distinct_starts": len(starts) / len(rows)}, rows
+    return metrics | {"eval/distinct_starts": len(set(starts)) / len(starts)}, rows
 
 
 # ---- Main -------------------------------------------------------------------------------------------------

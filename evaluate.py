@@ -31,6 +31,7 @@ Shapes:  N prompts, R bootstrap resamples, B sequences of a batch, T tokens, Tr 
 """
 
 import json
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ from utils.statistics import accuracy, calibration
 from utils.tokens import decode_responses, encode_texts, terminator_ids
 
 REFERENCES = "references"
+SCRIPTS_WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 
 
 @dataclass
@@ -319,13 +321,19 @@ def agreement(first, second):
             "kappa": float((observed - chance) / (1 - chance)) if chance < 1 else None}
 
 
+def split_words(text):
+    """What stands between spaces, and each character of the scripts that have none between words: Thai, Lao, Burmese,
+    Khmer, Chinese, Japanese."""
+    return re.findall(rf"(?!\s)[{SCRIPTS_WITHOUT_SPACES}]|[^\s{SCRIPTS_WITHOUT_SPACES}]+", text)
+
+
 def describe_texts(answers, references, weights):
     """What needs no judge: length, endings, distinct n-grams of words, KL, and ROUGE where there are references."""
     texts = [answer["response"] for answer in answers]
     found = {key: None if any(answer[key] is None for answer in answers) else np.mean(
         [answer[key] for answer in answers]) for key in ("length", "ended")}
     for n in (1, 2, 3):
-        grams = [tuple(words[i : i + n]) for words in map(str.split, texts) for i in range(len(words) - n + 1)]
+        grams = [tuple(words[i : i + n]) for words in map(split_words, texts) for i in range(len(words) - n + 1)]
         found[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else None
     kl = interval("kl", [np.nan if answer["kl"] is None else answer["kl"] for answer in answers], weights)
     found |= {"kl": kl["kl"], "kl_low": kl["low"], "kl_high": kl["high"]}

@@ -235,11 +235,23 @@ def evaluate_loss(engine, items, tokenizer, args):
     return {"eval/loss": loss, "eval/perplexity": loss.exp()}
 
 
+def opening(item, tokenizer):
+    """Token ids to continue: the prompt of a row, or of a `text` row the first four tokens and whole characters."""
+    ids, prompt_length, row = item
+    if "completion" in row:
+        return ids[:prompt_length] or [tokenizer.eos_token_id]
+    count = 4
+    while count < len(ids) - 1 and tokenizer.decode(ids[:count]).endswith("\ufffd"):  # within a character's bytes
+        count += 1
+    return ids[: min(count, len(ids) - 1)]
+
+
 def sample(model, items, tokenizer, args):
-    """Continuations of prompts, or of the first two words of `text` rows: {query, response, reference}."""
-    rows = [row for _, _, row in items]
-    texts = [row["prompt"] if "completion" in row else " ".join(row["text"].split()[:2]) for row in rows]
-    prompts = [(encode_prompt(text, tokenizer) or [tokenizer.eos_token_id], text, {}) for text in texts]
+    """Continuations of prompts, or of the openings of `text` rows: {query, response, reference}."""
+    rows, openings = [row for _, _, row in items], [opening(item, tokenizer) for item in items]
+    texts = [row["prompt"] if "completion" in row else tokenizer.decode(ids, skip_special_tokens=True)
+             for row, ids in zip(rows, openings)]
+    prompts = list(zip(openings, texts, rows))
     samples = sample_responses(model, prompts, tokenizer, args, args.micro_batch_size, args.seed)
     return [{"query": text, "response": sampled["response"], "reference": row.get("completion", "")}
             for row, text, sampled in zip(rows, texts, samples)]
@@ -266,7 +278,7 @@ def main(args: Args):
     decoding_copy = None  # at ZeRO 3 the model is in pieces: a whole copy to decode with
     if args.zero_stage == 3:
         decoding_copy = load_causal_lm(args.model, "--model", tokenizer, args.bf16).to(device)
-    longest_prompt = max((prompt_length for _, prompt_length, _ in held_out[: args.num_samples]), default=0)
+    longest_prompt = max((len(opening(item, tokenizer)) for item in held_out[: args.num_samples]), default=0)
     check_length(model, args.max_length, "--max_length")
     if 0 < args.pack_length < args.max_length:
         fail(f"--pack_length {args.pack_length} must be 0 or at least --max_length {args.max_length}")

@@ -433,11 +433,23 @@ def test_sample_responses_measures_lengths_by_hand(tokenizer):
     prompts = [([5, 6], "a", {}), ([7], "b", {}), ([8, 9, 10], "c", {})]
     rows = sample_responses(model, prompts, tokenizer, dpo.Args(response_length=4, temperature=0.4), 4, seed=1)
     assert [tuple(row.values()) for row in rows] == [
-        ("a", " is good", 3, True), ("b", " is", 2, True), ("c", " is is is is", 4, False)]
+        ("a", " is good", [322, 552, EOS], 3, True), ("b", " is", [322, 792], 2, True),
+        ("c", " is is is is", [322] * 4, 4, False)]
     assert seen["input_ids"].tolist() == [[0, 5, 6], [0, 0, 7], [8, 9, 10]]
     assert seen["attention_mask"].tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 1]]
     assert (seen["temperature"], seen["max_new_tokens"], seen["eos_token_id"]) == (0.4, 4, [EOS, 792])
     assert (seen["do_sample"], seen["top_k"], seen["top_p"], seen["repetition_penalty"]) == (True, 0, 1.0, 1.0)
+
+
+def test_distinct_starts_are_of_tokens(tokenizer, monkeypatch):
+    """Chinese responses, one word each, that begin with two different characters: 2 starts of 3; no tokens in the rows."""
+    texts = ["好吃的东西", "好吃的水果", "不好吃"]
+    monkeypatch.setattr(dpo, "sample_responses", lambda *rest: [
+        {"query": "他说", "response": text, "tokens": tokenizer(text).input_ids, "length": 9, "ended": True} for text in texts])
+    assert all(len(tokenizer(text).input_ids) > 4 for text in texts)
+    metrics, rows = dpo.evaluate_samples(None, [([5], "他说")] * 3, None, tokenizer, dpo.Args())
+    assert metrics["eval/distinct_starts"] == 2 / 3
+    assert rows[0] == {"query": "他说", "response": "好吃的东西", "length": 9, "ended": True}
 
 
 # ---- Reference --------------------------------------------------------------------------------------------

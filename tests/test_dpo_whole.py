@@ -109,13 +109,14 @@ def plain_run(folder, case):
                         "rewards/accuracies_high": high}
             row |= {f"eval/{name}/{key}": value for key, value in figures.items()}
         responses = whole.sample(policy, [ids for ids, _ in prompts], 7, 0.4, 5, 12)
-        rows = []
+        rows, starts = [], set()
         for (ids, text), response in zip(prompts, responses):
             said = tokenizer.decode(ids + response, skip_special_tokens=True)[len(text):]
+            starts.add(tuple(response[:4]))
             rows.append({"step": step, "query": text, "response": said, "length": len(response),
                          "ended": response[-1] in whole.ENDS, "gold": gold([text], [said])[0]})
         row |= {f"eval/{key}": np.mean([row[key] for row in rows]) for key in ("gold", "length", "ended")}
-        row["eval/distinct_starts"] = len({" ".join(row["response"].split()[:3]) for row in rows}) / PROMPTS
+        row["eval/distinct_starts"] = len(starts) / PROMPTS
         metrics.append(row), samples.extend(rows)
 
     evaluate(0)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 import evaluate
 import reward_model
 from evaluate import agreement, both_orders, compare, describe_texts, interval, length_controlled, resample_prompts
+from evaluate import split_words
 from utils.data import as_answer, pad, short_names
 from utils.judge import Server, ask_within_budget, connect
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
@@ -256,6 +257,18 @@ def test_describe_texts_by_hand():
         "ended", "kl", "kl_low", "kl_high", "rouge1", "rouge2", "rougeL", "distinct_1", "distinct_2", "distinct_3"}
 
 
+def test_words_of_scripts_without_spaces_are_characters():
+    """Elsewhere a word is what stands between spaces; a Chinese or Thai text is not one word, and has distinct n-grams."""
+    english = [json.loads(line)["completion"] for line in open(ROOT / "assets/data/validation.jsonl", encoding="utf-8")]
+    for text in [*english, "Он был рад, «очень» рад.", "صباح الخير", "a\u00a0b\u2003c\n\td\x1ee", "😀 good-day", " ", ""]:
+        assert split_words(text) == text.split()
+    assert split_words("今天 very好!\u3000ok。") == ["今", "天", "very", "好", "!", "ok", "。"]
+    assert split_words("สวัสดี") == list("สวัสดี") and split_words("すごい") == list("すごい")
+    answers = [{"response": "好好学习天天向上", "length": 8, "ended": True, "kl": None}]
+    found = describe_texts(answers, [], resample_prompts(range(1), 1))
+    assert (found["distinct_1"], found["distinct_2"], found["distinct_3"]) == (6 / 8, 1.0, 1.0)
+
+
 def test_rouge_is_that_of_the_library():
     texts, references = [" She was happy there.", " It rains"], [" She is happy.", " it rained all day"]
     found = describe_texts([{"response": text, "length": 3, "ended": True, "kl": None} for text in texts], references,
@@ -280,14 +293,16 @@ def exchange_words(file):
     file.write_text(json.dumps(content))
 
 
-ENDINGS = list(range(0, 1000, 16))
+VOCABULARY = json.loads((ROOT / "assets/base/tokenizer.json").read_text())["model"]["vocab"]
+ENDINGS = [EOS, *sorted(number for word, number in VOCABULARY.items() if word.startswith("Ġ"))[::8]]  # in no text as such
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_token_in_sixteen_ends_a_response():
     """As if these were special tokens that the generation configs named, so that random models end early."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.models.generation_eos_ids", lambda path, *_: [5] if Path(path, "five").exists() else ENDINGS)
+        patch.setattr("utils.models.generation_eos_ids", lambda path, *_: json.loads(
+            Path(path, "ends.json").read_text()) if Path(path, "ends.json").exists() else ENDINGS)
         yield
 
 
@@ -656,7 +671,7 @@ def test_a_second_run_takes_its_samples_from_the_cache(folder, finished, tmp_pat
     assert {**again, "command": ""} == {**results, "command": ""}
     assert read_rows(tmp_path / "again" / "samples.jsonl") == samples
     shutil.copytree(folder / "one", tmp_path / "one")
-    (tmp_path / "one/five").touch()  # other terminators
+    (tmp_path / "one/ends.json").write_text("[5]")  # other terminators
     for number, changes in enumerate((
             dict(seed=2), dict(temperature=0.9), dict(response_length=9), dict(greedy=True), dict(micro_batch_size=8),
             dict(num_prompts=39), dict(models=(str(tmp_path / "one"),)))):
@@ -836,7 +851,7 @@ def test_each_model_ends_with_its_own_eos(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(copy)
     config["eos_token"] = tokenizer.convert_ids_to_tokens(300)
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    (copy / "generation_config.json").write_text("{}")
+    (copy / "ends.json").write_text("[]")
     run(folder, tmp_path / "out", models=(str(folder / "two"), str(copy)), cache=str(tmp_path / "cache"))
     assert load_tokenizer(str(copy), "--models").eos_token_id == 300
     ends = {}

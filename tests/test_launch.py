@@ -6,6 +6,7 @@ Subprocesses run on the CPU without network, in an environment that knows nothin
 import ast
 import dataclasses
 import importlib
+import io
 import json
 import os
 import re
@@ -29,7 +30,8 @@ import group_invariant_ppo
 import ppo
 import reward_model
 import sft
-from utils.launch import deepspeed_config, print_memory_plan
+from utils import replay
+from utils.launch import check_flags, deepspeed_config, print0, print_memory_plan
 from utils.plots import plot_runs
 from utils.run import choose_folder, open_folder
 
@@ -122,6 +124,82 @@ def test_no_compiler_is_needed(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "summary.json").is_file()
     assert not list(tmp_path.glob("extensions/**/*.so"))
+
+
+# ---- Output and files that are not UTF-8 ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding, expected", [
+    ("ascii", rb"\u27e6\U0001f600\xe9\ud83d"), ("latin-1", b"\\u27e6\\U0001f600\xe9\\ud83d"),
+    ("utf-8", "⟦😀é".encode() + rb"\ud83d")])
+def test_output_that_the_terminal_cannot_show_is_escaped(encoding, expected, monkeypatch):
+    """From check_flags on, a character that standard output lacks is printed escaped: no script ends with a traceback."""
+    for start in (lambda: check_flags(sft.Args()), lambda: replay_once("no such file")):
+        out = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", out)
+        start()
+        print0("⟦😀é\ud83d")
+        assert out.buffer.getvalue() == expected + b"\n"
+
+
+def replay_once(file):
+    with pytest.raises(SystemExit):
+        replay.main(replay.Args(file=Path(file)))
+
+
+def test_a_standard_output_that_cannot_be_reconfigured_is_left_alone(monkeypatch):
+    """Notebooks and tests put an object of their own in the place of sys.stdout."""
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    check_flags(sft.Args())
+    print0("⟦")
+    assert out.getvalue() == "⟦\n"
+
+
+@pytest.mark.parametrize("flags", [dict(PYTHONIOENCODING="ascii"), dict(
+    LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")], ids=["ascii output", "C locale"])
+def test_a_run_outside_utf8(flags, tiny_base, tmp_path):
+    """`deepspeed sft.py` on Chinese texts and emojis: it ends well, its files are UTF-8, and no file of ours is opened
+    in the locale's encoding."""
+    rows = [{"prompt": "今天", "completion": f"天气很好😀{number}"} for number in range(4)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    files = [word for flag in ("train", "eval") for word in (f"--{flag}_data", str(tmp_path / "rows.jsonl"))]
+    done = run([deepspeed_command(), "sft.py", "--model", str(tiny_base), *files, "--epochs", "1", "--batch_size", "4",
+                "--num_samples", "2", "--response_length", "2", "--output_dir", str(tmp_path / "out")],
+               environment(PYTHONWARNDEFAULTENCODING="1", **flags))
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert r"\u27e6" in done.stdout and "⟦" not in done.stdout
+    ours = [line for line in done.stderr.splitlines() if "EncodingWarning" in line and "site-packages" not in line
+            and line.startswith(str(ROOT))]
+    assert not ours and "EncodingWarning" in done.stderr  # the libraries do: the switch works
+    samples = (tmp_path / "out" / "samples.jsonl").read_bytes().decode("utf-8")
+    assert json.loads(samples.splitlines()[0])["query"] == "今天"
+
+
+def test_every_text_file_is_opened_as_utf8():
+    """open, read_text and write_text name their encoding, or open bytes, in every script and in utils/."""
+    found = 0
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", None))
+            if name not in ("open", "read_text", "write_text", "fdopen"):
+                continue
+            if name == "open" and isinstance(call.func, ast.Attribute) and call.func.value.id == "os":
+                continue  # a file descriptor
+            found += 1
+            binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in call.args[1:])
+            encodings = [word.value.value for word in call.keywords if word.arg == "encoding"]
+            assert binary or encodings == ["utf-8"], f"{file.name}:{call.lineno}"
+    assert found > 15
+
+
+def test_a_flag_that_the_locale_cannot_read_ends_in_one_line(tmp_path):
+    """A path in Chinese under the C locale: the flag and the remedy, before TensorBoard fails at that name."""
+    done = run([sys.executable, "sft.py", "--output_dir", str(tmp_path / "数据")], environment(
+        LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING=""))
+    assert done.returncode == 1 and done.stderr.startswith("error: --output_dir ") and done.stderr.count("\n") == 1
+    assert "PYTHONUTF8=1" in done.stderr and not (tmp_path / "数据").exists()
 
 
 # ---- The chain --------------------------------------------------------------------------------------------

@@ -456,7 +456,9 @@ def test_sample_continues_each_prompt_as_if_alone(tokenizer):
     rows = PROMPTS + [{"prompt": "I would not have the old", "completion": " mat"}] + TEXTS
     args = sft.Args(num_samples=5, micro_batch_size=3, response_length=6, temperature=1e-4)
     samples = sft.sample(model, encode_all(rows, tokenizer), tokenizer, args)
-    queries = [row["prompt"] for row in rows[:3]] + ["the cat", "so be"]  # the first two words of `text` rows
+    queries = [row["prompt"] for row in rows[:3]]
+    queries += [tokenizer.decode(tokenizer(row["text"]).input_ids[:4]) for row in TEXTS]  # not the whole of them
+    assert all(row["text"].startswith(query) and row["text"] != query for row, query in zip(TEXTS, queries[3:]))
     assert [row["query"] for row in samples] == queries
     assert [row["reference"] for row in samples] == [row["completion"] for row in rows[:3]] + ["", ""]
     for row in samples:
@@ -468,6 +470,32 @@ def test_sample_continues_each_prompt_as_if_alone(tokenizer):
                 break
         greedy = ids[0, len(tokenizer(row["query"]).input_ids) :]
         assert row["response"] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_the_opening_of_a_text_is_tokens_and_whole_characters(tokenizer):
+    """Four tokens; in Chinese, where this tokenizer has three a character, six. Of a shorter text all but its EOS."""
+    for text, count in (("good good good good good", 4), ("今天天气很好", 6), ("今", 3), ("cat", 1)):
+        item = (*sft.encode_demonstration({"text": text}, tokenizer), {"text": text})
+        found = sft.opening(item, tokenizer)
+        assert len(found) == min(count, len(item[0]) - 1) and text.startswith(tokenizer.decode(found)), text
+    item = (*sft.encode_demonstration({"prompt": "", "completion": "a"}, tokenizer), {"prompt": "", "completion": "a"})
+    assert sft.opening(item, tokenizer) == [EOS]
+
+
+def test_texts_without_spaces_are_continued_from_their_first_tokens(tmp_path, tokenizer):
+    """A text of one long word leaves room for its continuation: a model with 40 positions, 38 of them for the text."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=1024, n_positions=40, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = "今天天气很好我们去公园"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    sft.main(sft.Args(
+        model=str(tmp_path / "model"), train_data=str(tmp_path / "rows.jsonl"), eval_data=str(tmp_path / "rows.jsonl"),
+        epochs=1, batch_size=1, micro_batch_size=1, max_length=40, response_length=30, output_dir=str(tmp_path / "out")))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and {row["query"] for row in rows} == {"今天"}
+    assert len(tokenizer(text).input_ids) + 30 > 40
 
 
 # ---- Main -------------------------------------------------------------------------------------------------

@@ -545,8 +545,8 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "[]",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: one word makes a start": (
-        "dpo.py", "row[\"response\"].split()[:3]",
-        "row[\"response\"].split()[:1]",
+        "dpo.py", "row.pop(\"tokens\")[:4]",
+        "row.pop(\"tokens\")[:1]",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
     "dpo.py: figures of the last micro-batch alone": (
         "dpo.py", "sums += torch.stack",

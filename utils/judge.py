@@ -289,7 +289,7 @@ def ask(server, flag, questions):
 def connect(url, args):
     """The Server of --judges URL and the --judge_ flags, after a trial question. Every rank must call it."""
     try:
-        template = Path(args.judge_template).read_text("utf-8") if args.judge_template else TEMPLATE
+        template = Path(args.judge_template).read_text(encoding="utf-8") if args.judge_template else TEMPLATE
         options = json.loads(args.judge_options)
     except (OSError, UnicodeDecodeError) as error:
         fail(f"--judge_template {args.judge_template}: cannot be read ({getattr(error, 'strerror', 'not UTF-8 text')})")

@@ -49,11 +49,22 @@ allowed = {"pickle": False}  # by --allow_pickle, for utils/models.py
 renamed = {}  # by --columns, for utils/data.py: the name in a file, and the name that the scripts read
 
 
+def escape_output():
+    """What the encoding of the terminal or log file lacks is printed escaped, and raises no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
+
+
 def check_flags(args):
     """Fail in one line on a number that makes no sense, before anything is loaded."""
+    escape_output()
     allowed["pickle"] = args.allow_pickle
     read_columns(args.columns)
     for name, value in vars(args).items():
+        for text in value if isinstance(value, tuple) else [value]:
+            if isinstance(text, str) and text != text.encode("utf-8", "replace").decode():  # bytes, read as no text
+                fail(f"--{name} {text}: not UTF-8 in this locale. Set PYTHONUTF8=1 in the environment")
         for names, holds, words in (
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"), (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
             (ABOVE_0, lambda x: x > 0, "above 0"), (AT_MOST_1, lambda x: 0 <= x <= 1, "between 0 and 1"),

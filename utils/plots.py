@@ -16,8 +16,8 @@ def plot_runs(out, runs):
     """One panel each for held-out score, gold and KL over episodes; a thin line per run, the mean thick."""
     curves = []
     for run in runs:
-        batch_size = json.loads((Path(run) / "args.json").read_text())["batch_size"]
-        rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl")]
+        batch_size = json.loads((Path(run) / "args.json").read_text(encoding="utf-8"))["batch_size"]
+        rows = [json.loads(line) for line in open(Path(run) / "metrics.jsonl", encoding="utf-8")]
         curves.append([(row["step"] * batch_size, row) for row in rows if "eval/kl" in row])
     panels = [(key, label) for key, label in PANELS if all(key in row for curve in curves for _, row in curve)]
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 2.9), squeeze=False)

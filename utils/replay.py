@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from utils.launch import allowed, fail
+from utils.launch import allowed, escape_output, fail
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
 from utils.tokens import encode_texts
 
@@ -48,6 +48,7 @@ def read_again(model, ids):
 
 
 def main(args):
+    escape_output()
     if not args.file.is_file():
         fail(f"{args.file}: no such file. A run that NaN or infinity stops writes bad_batch_rank0.pt into its folder")
     try:

@@ -37,15 +37,15 @@ def write_report(folder, results, prompts, answers, scores, wins, said, groups):
             for i, prompt in enumerate(prompts) for model, found in answers.items()]
     verdicts = [{"judge": judge, "a": a, "b": b, "a_wins": [float(win) for win in a_wins]}
                 for (judge, a, b), a_wins in wins.items()]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with open(folder / "verdicts.jsonl", "w") as file:
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with open(folder / "verdicts.jsonl", "w", encoding="utf-8") as file:
         for verdict in verdicts:
             replies = said.get((verdict["judge"], verdict["a"], verdict["b"]))
             for i, win in enumerate(map(_finite, verdict["a_wins"])):
                 row = {key: verdict[key] for key in ("judge", "a", "b")} | {"prompt_index": i, "a_wins": win}
                 file.write(json.dumps(row | ({"replies": replies[i]} if replies else {})) + "\n")
     write_page(folder, results, rows, verdicts)
-    (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def write_page(folder, results, rows, verdicts):
@@ -370,6 +370,6 @@ def html_page(results, shown, figures, data):
     images = [f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
               f'{base64.b64encode(file.read_bytes()).decode()}">'
               f"<figcaption>{html.escape(caption)}</figcaption></figure>\n" for file, caption in figures]
-    before, between, after = re.split("<!-- results -->|<!-- data -->", PAGE.read_text())
+    before, between, after = re.split("<!-- results -->|<!-- data -->", PAGE.read_text(encoding="utf-8"))
     return "".join([before, f"<pre>{html.escape(results['command'])}</pre>\n", *parts[:1], *images, *parts[1:], between,
                     script_json(data), after])

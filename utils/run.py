@@ -186,7 +186,7 @@ def _comparable(args, name):
 
 def _read_record(file):
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -221,9 +221,9 @@ def save_checkpoint(folder, step, engines, state):
         engine.save_checkpoint(str(unfinished), tag=name, save_latest=False)
     barrier()
     if rank() == 0:
-        (unfinished / "state.json").write_text(json.dumps({**state, "step": step}))
+        (unfinished / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
         sums = {str(file.relative_to(unfinished)): _sha256(file) for file in _files(unfinished)}
-        (unfinished / "sha256.json").write_text(json.dumps(sums, indent=1))
+        (unfinished / "sha256.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
         for file in _files(unfinished):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -256,7 +256,7 @@ def load_checkpoint(folder, engines):
         return None
     for name, engine in engines.items():
         engine.load_checkpoint(str(checkpoint), tag=name)
-    return json.loads((checkpoint / "state.json").read_text())
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
 def make_folder(path, flag):
@@ -388,7 +388,7 @@ def leave_interrupted(folder, step):
 def _write(file, text):
     """Write a small file whole or not at all: whoever is killed here leaves the file as it was."""
     unfinished = file.with_name(file.name + ".unfinished")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)
 
 
@@ -447,7 +447,7 @@ class Tracker:
             for name, is_time in (("metrics.jsonl", False), ("times.jsonl", True)):
                 row = {key: value for key, value in metrics.items() if key.startswith("time/") == is_time}
                 if row:
-                    with open(self.folder / name, "a") as file:
+                    with open(self.folder / name, "a", encoding="utf-8") as file:
                         file.write(json.dumps({"step": step, **row}) + "\n")
             for key, value in metrics.items():
                 self.writer.add_scalar(key, value, step)
@@ -457,7 +457,7 @@ class Tracker:
     def samples(self, step, rows):
         """Append sample rows (dicts) to samples.jsonl and show the first ten as a TensorBoard text table."""
         if self.active and rows:
-            with open(self.folder / "samples.jsonl", "a") as file:
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
             head = "|" + "|".join(rows[0]) + "|\n" + "|-" * len(rows[0]) + "|\n"
             cells = ("|" + "|".join(_cell(value) for value in row.values()) + "|" for row in rows[:10])
@@ -486,7 +486,7 @@ class Tracker:
 
 def _keep_rows_before(file, step, evaluated):
     if file.is_file():
-        whole = file.read_text(errors="replace").split("\n")[:-1]  # behind the last newline: a line cut off
+        whole = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # behind the last: a line cut off
         kept = [_is_before(line, step, evaluated) for line in whole]
         if None in kept:
             print0(f"warning: {file}: {kept.count(None)} damaged lines are left out")
@@ -521,7 +521,8 @@ def model_card(folder, script, base, data, lines=()):
         command = " ".join([script] + sys.argv[1:])
         body = [f"# {Path(folder).name}", "", f"Made by `{script}` from `{base}` on `{data}`.", "",
                 f"Command: `python {command}`", "", *lines]
-        (Path(folder) / "README.md").write_text("\n".join(body).rstrip() + "\n")
+        text = "\n".join(body).rstrip() + "\n"
+        (Path(folder) / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def stop_if_not_finite(quantities, batch, folder, step):

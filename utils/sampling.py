@@ -8,10 +8,10 @@ from utils.tokens import decode_responses, terminator_ids
 
 @torch.no_grad()
 def sample_responses(model, prompts, tokenizer, args, batch_size, seed):
-    """Continuations of prompts (token ids, text): list of {query, response, length, ended}.
+    """Continuations of prompts (token ids, text): list of {query, response, tokens, length, ended}.
 
-    args: response_length, temperature. The length counts tokens up to the first EOS, that one included. The noise is
-    the same in every evaluation of a run; other batches or ranks bring other noise.
+    args: response_length, temperature. tokens: ids up to the first EOS, that one included; length counts them. The
+    noise is the same in every evaluation of a run; other batches or ranks bring other noise.
     """
     torch.manual_seed(seed)
     rows, eos_ids = [], terminator_ids(tokenizer)
@@ -24,5 +24,6 @@ def sample_responses(model, prompts, tokenizer, args, batch_size, seed):
             eos_token_id=eos_ids, pad_token_id=tokenizer.pad_token_id)[:, ids.shape[1] :]
         for text, response, tokens in zip(texts, decode_responses(tokenizer, sequences, output), output.tolist()):
             end = next((t + 1 for t, token in enumerate(tokens) if token in eos_ids), None)
-            rows.append({"query": text, "response": response, "length": end or len(tokens), "ended": end is not None})
+            rows.append({"query": text, "response": response, "tokens": tokens[:end], "length": len(tokens[:end]),
+                         "ended": end is not None})
     return rows
