@@ -202,9 +202,14 @@ def test_reward_model_centres_on_the_chosen_answers_of_the_training_pairs(own, t
     assert "over the chosen answers. That" in (tmp_path / "run/README.md").read_text()
 
 
-def test_dpo_continues_the_prompts_of_the_held_out_pairs_each_once(own, tmp_path, capsys):
-    """Also where --eval_data is given; a prompt over --max_prompt_length is dropped and counted."""
-    dpo.main(flags_of(dpo, own, tmp_path / "run"))
+def test_dpo_continues_the_prompts_of_the_held_out_pairs_each_once(own, tmp_path, capsys, monkeypatch):
+    """Also where --eval_data is given; a prompt over --max_prompt_length is dropped and counted. No such pair is trained
+    on."""
+    read, reference = {}, dpo.reference_logprobs
+    monkeypatch.setattr(dpo, "reference_logprobs", lambda model, pairs, name, *rest: read.update(
+        {name: {pair.row["prompt"] for pair in pairs}}) or reference(model, pairs, name, *rest))
+    dpo.main(flags_of(dpo, own, tmp_path / "run", ref_cache=str(tmp_path / "cache")))
+    assert read == {"held_out": {BY_HASH[0]}, "training pairs": set(BY_HASH[1:])}
     samples, summary = rows_of(tmp_path / "run/samples.jsonl"), json.loads((tmp_path / "run/summary.json").read_text())
     assert [row["query"] for row in samples] == [BY_HASH[0]] * 2  # before and after
     assert "eval/held_out/loss" in summary["after"] and "eval/gold" not in summary["after"]
@@ -348,6 +353,7 @@ def test_docs_have_the_ranges_that_the_scripts_name():
     (ppo, dict(lr=3e-5), dict(policy=3e-5, critic=3e-5)),
     (ppo, dict(lr=3e-5, critic_lr=0.0), dict(policy=3e-5, critic=0.0)),
     (group_invariant_ppo, dict(lr=3e-5), dict(policy=3e-5, critic=3e-5, head=3e-5)),
+    (group_invariant_ppo, dict(lr=3e-5, critic_lr=0.0), dict(policy=3e-5, critic=0.0, head=0.0)),
     (group_invariant_ppo, dict(lr=3e-5, critic_lr=2e-4), dict(policy=3e-5, critic=2e-4, head=2e-4)),
     (group_invariant_ppo, dict(lr=3e-5, critic_lr=2e-4, group_head_lr=0.0), dict(policy=3e-5, critic=2e-4, head=0.0))])
 def test_critic_and_group_head_follow_the_rate_that_is_given(script, given_rates, expected, own, tmp_path, monkeypatch):

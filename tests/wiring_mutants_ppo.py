@@ -5,6 +5,7 @@ these are flags that `main` ignores, arguments of the wrong kind, files that are
 """
 
 PPO, GROUP, RANKS = "tests/test_ppo_whole.py", "tests/test_group_whole.py", "tests/test_distributed.py"
+OWN = "tests/test_companions.py"
 
 
 def of_both(name, text, broken, test=(PPO, GROUP)):
@@ -39,6 +40,17 @@ MUTANTS = {
     **of_both("--repetition_penalty is ignored", "args.repetition_penalty, forbidden, eos_ids", "1.0, forbidden, eos_ids"),
     **of_both("--temperature is ignored in sampling", "noise[rows], args.temperature,", "noise[rows], 0.7,"),
     **of_both("--temperature is ignored in scoring", "width, args.temperature, forbidden)", "width, 0.7, forbidden)"),
+    # a user's own inputs
+    **of_both("held-out prompts are trained on", "prompts, eval_prompts = hold_out(", "_, eval_prompts = hold_out(",
+              [f"{OWN}::test_ppo_never_trains_on_a_held_out_prompt"] * 2),
+    **of_both("the gold judge stays with own prompts", 'gold_function="no judge watches")', ")",
+              [f"{OWN}::test_own_data_leave_nothing_of_the_embedded_task"] * 2),
+    **of_both("the critic does not follow --lr", "args.lr if args.critic_lr is None", "5e-4 if args.critic_lr is None",
+              [f"{OWN}::test_critic_and_group_head_follow_the_rate_that_is_given"] * 2),
+    **of_both("--critic_lr 0 is no rate", "args.lr if args.critic_lr is None", "args.lr if not args.critic_lr",
+              [f"{OWN}::test_critic_and_group_head_follow_the_rate_that_is_given"] * 2),
+    **of_both("a large model gets the default rate", 'check_rate(args, "ppo", model)', "pass",
+              [f"{OWN}::test_a_default_rate_does_not_reach_a_large_model"] * 2),
     # rollout and scores
     **of_both("the critic's rate is the policy's", 'optimizer_step(engines["critic"], critic_lr)',
               'optimizer_step(engines["critic"], lr)'),
@@ -170,6 +182,10 @@ MUTANTS |= {f"group_invariant_ppo.py: {name}": ("group_invariant_ppo.py", *rest,
     ("the saved head is the critic's", 'save_weights(engines["group_head"], folder / "group_head.safetensors")',
      'save_weights(engines["critic"], folder / "group_head.safetensors")'),
 ]}
+
+MUTANTS["group_invariant_ppo.py: the head does not follow the critic"] = (
+    "group_invariant_ppo.py", "critic_lr if args.group_head_lr is None", "lr if args.group_head_lr is None",
+    f"{OWN}::test_critic_and_group_head_follow_the_rate_that_is_given")
 
 # ranks
 MUTANTS |= of_both("ranks share noise", "sampling_noise(args.seed, update, numbers,",

@@ -240,6 +240,46 @@ MUTANTS = {  # what is wrong: (file, text, broken text, test)
         "dpo.py", "* world_size())",
         "* len(batch) / 4 * world_size())",
         "tests/test_dpo_whole.py::test_metrics_equal_those_of_the_plain_loop"),
+    "sft.py: held-out rows are trained on": (
+        "sft.py", "train, held_out = hold_out(",
+        "_, held_out = hold_out(",
+        "tests/test_companions.py::test_sft_trains_on_no_held_out_row"),
+    "sft.py: a large model gets the default rate": (
+        "sft.py", "check_rate(args, \"sft\", model)",
+        "pass",
+        "tests/test_companions.py::test_a_default_rate_does_not_reach_a_large_model"),
+    "sft.py: held-out rows of the embedded task stay with own data": (
+        "sft.py", "eval_data=None",
+        "local_rank=None",
+        "tests/test_companions.py::test_own_data_leave_nothing_of_the_embedded_task"),
+    "reward_model.py: held-out rows are trained on": (
+        "reward_model.py", "train, share = hold_out(",
+        "_, share = hold_out(",
+        "tests/test_companions.py::test_reward_model_centres_on_the_chosen_answers_of_the_training_pairs"),
+    "reward_model.py: a large model gets the default rate": (
+        "reward_model.py", "check_rate(args, \"reward_model\", model)",
+        "pass",
+        "tests/test_companions.py::test_a_default_rate_does_not_reach_a_large_model"),
+    "reward_model.py: held-out rows of the embedded task stay with own data": (
+        "reward_model.py", "eval_data=None",
+        "local_rank=None",
+        "tests/test_companions.py::test_own_data_leave_nothing_of_the_embedded_task"),
+    "dpo.py: held-out rows are trained on": (
+        "dpo.py", "train, share = hold_out(",
+        "_, share = hold_out(",
+        "tests/test_companions.py::test_dpo_continues_the_prompts_of_the_held_out_pairs_each_once"),
+    "dpo.py: a large model gets the default rate": (
+        "dpo.py", "check_rate(args, \"dpo\", model)",
+        "pass",
+        "tests/test_companions.py::test_a_default_rate_does_not_reach_a_large_model"),
+    "dpo.py: held-out rows of the embedded task stay with own data": (
+        "dpo.py", "eval_data=None",
+        "local_rank=None",
+        "tests/test_companions.py::test_own_data_leave_nothing_of_the_embedded_task"),
+    "reward_model.py: the rejected answers are the demonstrations": (
+        "reward_model.py", "[chosen for chosen, _, _ in train]",
+        "[rejected for _, rejected, _ in train]",
+        "tests/test_companions.py::test_reward_model_centres_on_the_chosen_answers_of_the_training_pairs"),
     "sft.py: --warmup_ratio is ignored": (
         "sft.py", "math.ceil(args.warmup_ratio * total_steps)",
         "math.ceil(Args.warmup_ratio * total_steps)",
