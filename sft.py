@@ -45,7 +45,7 @@ from utils.rouge import rouge
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 from utils.sampling import sample_responses
-from utils.tokens import encode_prompt, encode_texts, show_example
+from utils.tokens import encode_texts, show_example
 
 
 @dataclass
