@@ -419,11 +419,11 @@ def test_detail_e7_ties_count_one_half():
     assert dpo.accuracy([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]).tolist() == [1, 0, 0.5]
 
 
-def test_sample_responses_measures_lengths_by_hand(tokenizer):
+def test_sample_responses_measures_lengths_by_hand(tokenizer, monkeypatch):
     """A response is as long as up to its first end, of either kind, which counts; without one it has not ended."""
     seen = {}
     output = torch.tensor([[322, 552, EOS, PAD], [322, 792, PAD, PAD], [322, 322, 322, 322]])
-    tokenizer.generation_eos_ids = [792]
+    monkeypatch.setattr(tokenizer, "generation_eos_ids", [792])
 
     def generate(input_ids, **options):
         seen.update(options, input_ids=input_ids)
