@@ -73,14 +73,14 @@ class Args:
     the sampler cut a response, chosen_finished or rejected_finished is false: no EOS is added (W3)"""
     eval_data: tuple[str, ...] | None = (
         "assets/data/preferences_validation.jsonl", "assets/data/preferences_persuasion.jsonl")
-    """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share of
-    --train_data"""
+    """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share
+    of --train_data"""
     eval_prompts: str | None = "assets/data/validation.jsonl"
     """held-out prompts to continue; column {prompt}; None, the default with your own data: those of the
     held-out pairs"""
     gold_function: str | None = "assets.vader:positive"
-    """module:name of a Python function (queries, responses) -> scores that only watches; None, the default with
-    your own data: no judge"""
+    """module:name of a Python function (queries, responses) -> scores that only watches; None, the default
+    with your own data: no judge"""
     columns: tuple[str, ...] = ()
     """other names of columns in your data files, as in prompt=question chosen=answer_a: ours=yours"""
     max_prompt_length: int = 32

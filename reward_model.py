@@ -62,8 +62,8 @@ class Args:
     """preferences: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, chosen, rejected}"""
     eval_data: tuple[str, ...] | None = (
         "assets/data/preferences_validation.jsonl", "assets/data/preferences_persuasion.jsonl")
-    """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share of
-    --train_data. Paper: TL;DR validation and CNN/DM"""
+    """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share
+    of --train_data. Paper: TL;DR validation and CNN/DM"""
     demonstrations: str | None = "assets/data/train.jsonl"
     """their scores average 0 after training; columns {prompt, completion}; None, the default with your own
     data: the chosen answers of --train_data. Paper: the SFT train split"""

@@ -74,9 +74,9 @@ def read(monkeypatch):
     seen, load_rows = [], utils.data.load_rows
     for script in (sft, reward_model, dpo, utils.data):
         monkeypatch.setattr(script, "load_rows", lambda path, *args: seen.append(path) or load_rows(path, *args))
-    load_function = utils.data.load_function
+    load = utils.data.load_function
     for script in (dpo, ppo, group_invariant_ppo):
-        monkeypatch.setattr(script, "load_function", lambda spec, *args: seen.append(spec) or load_function(spec, *args))
+        monkeypatch.setattr(script, "load_function", lambda spec, *args: seen.append(spec) or load(spec, *args))
     return seen
 
 
@@ -126,7 +126,8 @@ def test_the_share_is_five_percent_at_least_one_and_at_most_500(rows, share, cap
     train, held_out = hold_out(range(rows), [{"text": str(i)} for i in range(rows)], "--train_data", "--eval_data")
     assert len(held_out) == share and sorted(train + held_out) == list(range(rows))
     assert train == sorted(train) and held_out == sorted(held_out)
-    assert f"--eval_data           none given: {share:,} of the {rows:,} rows of --train_data" in capsys.readouterr().out
+    assert f"--eval_data           none given: {share:,} of the {rows:,} rows of --train_data" in (
+        capsys.readouterr().out)
 
 
 def test_whole_prompts_are_held_out_and_their_hash_alone_decides(monkeypatch):
@@ -203,8 +204,8 @@ def test_reward_model_centres_on_the_chosen_answers_of_the_training_pairs(own, t
 
 
 def test_dpo_continues_the_prompts_of_the_held_out_pairs_each_once(own, tmp_path, capsys, monkeypatch):
-    """Also where --eval_data is given; a prompt over --max_prompt_length is dropped and counted. No such pair is trained
-    on."""
+    """Also where --eval_data is given; a prompt over --max_prompt_length is dropped and counted. No pair of theirs is
+    trained on."""
     read, reference = {}, dpo.reference_logprobs
     monkeypatch.setattr(dpo, "reference_logprobs", lambda model, pairs, name, *rest: read.update(
         {name: {pair.row["prompt"] for pair in pairs}}) or reference(model, pairs, name, *rest))
@@ -266,7 +267,7 @@ def test_the_embedded_data_can_be_asked_for(own, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sft.py", "--train_data=" + sft.Args.train_data])
     args = sft.Args(model=str(own / "foreign"))
     assert settle_companions(args, "train_data", ["model"], eval_data=None) == args
-    assert capsys.readouterr().out == "note                  not given, so of the embedded task: --eval_data\n"
+    assert capsys.readouterr().out == "note                  not given, so the embedded task's: --eval_data\n"
 
 
 def test_a_model_that_sft_made_of_the_embedded_task_keeps_its_companions(own, capsys):
@@ -274,11 +275,11 @@ def test_a_model_that_sft_made_of_the_embedded_task_keeps_its_companions(own, ca
     args = ppo.Args(sft_model=str(own / "lm"), reward_model=str(own / "rm"))
     flags = dict(eval_prompts=None, gold_function="no judge watches")
     assert settle_companions(args, "prompts", ["sft_model", "reward_model"], **flags) == args
-    assert capsys.readouterr().out == ("note                  not given, so of the embedded task: --prompts, "
+    assert capsys.readouterr().out == ("note                  not given, so the embedded task's: --prompts, "
                                        "--eval_prompts, --gold_function\n")
     args = evaluate.Args(models=("assets/sft", str(own / "lm")))
     assert settle_companions(args, "prompts", ["models"], judges="none", ref_model="none") == args
-    assert "embedded task: --prompts, --judges, --ref_model\n" in capsys.readouterr().out
+    assert "embedded task's: --prompts, --judges, --ref_model\n" in capsys.readouterr().out
 
 
 def test_the_embedded_models_with_own_data_are_named(own, capsys):
@@ -286,7 +287,7 @@ def test_the_embedded_models_with_own_data_are_named(own, capsys):
     rows = str(own / "rows.jsonl")
     for more, names in ((dict(), "--sft_model, --reward_model"), (dict(reward_function="a:b"), "--sft_model")):
         settle_companions(ppo.Args(prompts=rows, **more), "prompts", ["sft_model", "reward_model"], eval_prompts=None)
-        assert capsys.readouterr().out.endswith(f"embedded task: {names}\n")
+        assert capsys.readouterr().out.endswith(f"embedded task's: {names}\n")
 
 
 # ---- evaluate.py ------------------------------------------------------------------------------------------

@@ -677,7 +677,8 @@ def test_saved_folder_stands_alone(files, tmp_path, tokenizer):
 def test_main_equals_a_plain_torch_loop(micro_batch_size, share_prefix, files, tmp_path, tokenizer, monkeypatch):
     """T12: for any micro-batch size, main's 4 steps are AdamW's on the mean over pairs, row by row without pads."""
     steps = watch_steps(monkeypatch, reward_model)
-    run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size, share_prefix=share_prefix, warmup_ratio=0.0)
+    run(files, tmp_path / "run", epochs=1, micro_batch_size=micro_batch_size, share_prefix=share_prefix,
+        warmup_ratio=0.0)
     model = load(files["model"], tokenizer)
     reward_model.init_head(model.classifier, 1)
     assert torch.equal(flat(model), steps[0].before)

@@ -518,7 +518,7 @@ def test_main_learns_and_reports(trained):
     train = [row for row in metrics if "train/loss" in row]
     assert [row["step"] for row in train] == list(range(1, 49))  # 28 rows, 8 a step, 12 epochs: 4 steps an epoch
     assert train[0]["train/loss"] > 6.5 and train[-1]["train/loss"] < 1.5  # ln 1024 = 6.93 at first
-    assert [row["train/lr"] for row in train] == [sft.cosine_lr(step, 48, 3, 1e-2) for step in range(48)]  # 5 % of 48: up
+    assert [row["train/lr"] for row in train] == [sft.cosine_lr(step, 48, 3, 1e-2) for step in range(48)]  # 5 %, up
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["after"]["eval/loss"] < 0.5 * summary["before"]["eval/loss"]
     assert metrics[0] == {"step": 0, **summary["before"]} and metrics[-1] == {"step": 48, **summary["after"]}

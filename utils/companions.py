@@ -18,8 +18,8 @@ def settle_companions(args, data, models, **companions):
     """args without the embedded task's companions where the data are the user's. Each decision is printed in a line.
 
     data: the flag of the main data; models: those of the models; companions: {flag: what takes its place}, with None
-    where a later line will say it. Whatever is given stays. A user's model with the embedded data keeps their companions,
-    if it has their vocabulary: that is a model that sft.py has made of the embedded task.
+    where a later line will say it. Whatever is given stays. A user's model with the embedded data keeps their
+    companions, if it has their vocabulary: that is a model that sft.py has made of the embedded task.
     """
     own = [flag for flag in (data, *models) if _is_own(args, flag)]
     if data in own:
@@ -36,7 +36,7 @@ def settle_companions(args, data, models, **companions):
             args = dataclasses.replace(args, missing_eos_score=None)
             print0(f"{'--missing_eos_score':<22}none given: a response without EOS keeps the reward function's score")
     if own and left:
-        print0(f"{'note':<22}not given, so of the embedded task: {', '.join('--' + flag for flag in left)}")
+        print0(f"{'note':<22}not given, so the embedded task's: {', '.join('--' + flag for flag in left)}")
     return args
 
 
@@ -59,7 +59,7 @@ def hold_out(items, rows, flag, eval_flag):
         if len(groups[text]) <= room - len(held_out):
             held_out.update(groups[text])
     held_out = held_out or set(min(groups.values(), key=len))  # every prompt has more rows than that
-    print0(f"{eval_flag:<22}none given: {len(held_out):,} of the {len(items):,} rows of {flag} are held out, with "
+    print0(f"{eval_flag:<22}none given: {len(held_out):,} of the {len(items):,} rows of {flag} are held out, "
            "whole prompts together")
     return [x for i, x in enumerate(items) if i not in held_out], [items[i] for i in sorted(held_out)]
 
@@ -78,5 +78,5 @@ def _check_vocabulary(args, flag, data):
     own = next((path for path in paths if not Path(path).is_file()), None)  # evaluate.py: not a file of responses
     embedded = embedded[0] if isinstance(embedded, tuple) else embedded
     if own and load_tokenizer(own, f"--{flag}").get_vocab() != load_tokenizer(embedded, f"--{flag}").get_vocab():
-        fail(f"--{data}: not given, and the default, {getattr(args, data)}, is the embedded task's, for a vocabulary of "
-             f"1,000 tokens, which is not that of --{flag} {own}. Give your own --{data}")
+        fail(f"--{data}: not given, and the default, {getattr(args, data)}, is the embedded task's, for a vocabulary "
+             f"of 1,000 tokens, which is not that of --{flag} {own}. Give your own --{data}")

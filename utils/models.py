@@ -267,8 +267,8 @@ def check_rate(args, stage, model):
     parameters = count_parameters(model)
     ranges = [words for least, words in START_RATES[stage].items() if parameters >= least]
     if ranges and not given(args, "lr"):
-        fail(f"--lr: not given, and the default {args.lr:g} is tuned on the embedded model of 0.9M parameters; this one "
-             f"has {parameters / 1e6:,.0f}M. Start with a rate from {ranges[-1]} (docs/scaling.md, Learning rates)")
+        fail(f"--lr: not given, and the default {args.lr:g} is tuned on the embedded model of 0.9M parameters; this "
+             f"one has {parameters / 1e6:,.0f}M. Start with a rate from {ranges[-1]} (docs/scaling.md, Learning rates)")
 
 
 def count_parameters(model):
