@@ -191,6 +191,8 @@ def load_preferences(path, flag, tokenizer, args):
         needed.append(len(prompt) + max(len(chosen), len(rejected)))
         if not (prompt and chosen and rejected):
             dropped["empty"] += 1
+        elif chosen == rejected:  # texts that differ in their terminator alone
+            dropped["chosen equal to rejected"] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > args.max_length:  # [W4] a cut would lose the end
             dropped[f"over {args.max_length} tokens"] += 1
         else:
@@ -396,7 +398,7 @@ def main(args: Args):
     else:
         prompts = distinct_prompts(sum(held_out.values(), []), args.max_prompt_length)
     prompts = prompts[: args.num_eval_prompts]
-    gold_function = load_function(args.gold_function, "--gold_function", prompts[0])
+    gold_function = load_function(args.gold_function, "--gold_function", prompts)
     ref_path, ref_flag = (args.ref_model, "--ref_model") if args.ref_model else (args.model, "--model")
     check_vocabulary(ref_path, ref_flag, tokenizer, args.model)
     # [W1] the reference is never trained and never replaced. [W5] It has the precision of the policy's forward
@@ -418,8 +420,8 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(  # [W11] eps 1e-8, no decay, clipping at 1: defaults of transformers' Trainer
         model.parameters(), lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps, weight_decay=args.weight_decay)
     engine = create_engine(model, optimizer, args)
-    open_folder(folder, args, "dpo", {
-        "--train_data": train, "--eval_data": held_out, "--eval_prompts": prompts})
+    open_folder(folder, args, "dpo", {"--train_data": [pair[:3] for pair in train], "--eval_data": {
+        name: [pair[:3] for pair in pairs] for name, pairs in held_out.items()}, "--eval_prompts": prompts})
     reference.to(device)  # [W5] after create_engine: at ZeRO 3 that replaces torch's linear, for both models
     held_out_ref = {name: reference_logprobs(reference, pairs, name, args, device)
                     for name, pairs in held_out.items()}

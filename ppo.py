@@ -630,8 +630,8 @@ def main(args: Args):
     if len(eval_prompts) < world_size():
         fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
              f"{world_size()} ranks need at least one each. Give more")
-    gold_function = load_function(args.gold_function, "--gold_function", prompts[0])
-    reward_function = load_function(args.reward_function, "--reward_function", prompts[0])
+    gold_function = load_function(args.gold_function, "--gold_function", prompts + eval_prompts)
+    reward_function = load_function(args.reward_function, "--reward_function", prompts + eval_prompts)
     policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer, prompts[0].text)
     decoding_copy = None  # at ZeRO 3 the policy is in pieces: a whole copy to decode with
     if args.zero_stage == 3:

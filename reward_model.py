@@ -146,11 +146,12 @@ def load_pairs(path, flag, tokenizer, args):
     different = [row for row in rows if row["chosen"] != row["rejected"]]
     pairs = [(*(encode(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")), row)
              for row in different]
-    kept = [pair for pair in pairs if row_length(pair, False) <= args.max_length]
+    unequal = [pair for pair in pairs if pair[0] != pair[1]]
+    kept = [pair for pair in unequal if row_length(pair, False) <= args.max_length]
     describe(flag, path, [row_length(pair, False) for pair in kept],
-             {"chosen equal to rejected": len(rows) - len(different),
-              f"over {args.max_length} tokens": len(pairs) - len(kept)},
-             [row_length(pair, False) for pair in pairs])
+             {"chosen equal to rejected": len(rows) - len(unequal),
+              f"over {args.max_length} tokens": len(unequal) - len(kept)},
+             [row_length(pair, False) for pair in unequal])
     return kept
 
 
@@ -358,10 +359,10 @@ def main(args: Args):
     if args.share_prefix:  # [E27] completions are blind to one another
         check_mask(model, "--share_prefix", args.max_length)
     model.config.reward_mean = 0.0
-    texts = {"--train_data": train, "--eval_data": sum(held_out.values(), [])}
-    texts = {flag: [ids for pair in pairs for ids in pair[:2]] for flag, pairs in texts.items()}
-    model.config.terminator_token_id = the_terminator(  # [E29] kept for whoever reads its scores
-        {**texts, "--demonstrations": demonstrations}, tokenizer)
+    pairs = {"--train_data": train, "--eval_data": sum(held_out.values(), [])}
+    texts = {flag: [ids for pair in some for ids in pair[:2]] for flag, some in pairs.items()}
+    texts["--demonstrations"] = demonstrations
+    model.config.terminator_token_id = the_terminator(texts, tokenizer)  # [E29] kept for whoever reads its scores
     init_head(model, args.seed)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -371,8 +372,7 @@ def main(args: Args):
     engine = create_engine(scalar_model, optimizer, args)
 
     # 2. output folder, schedule, resume
-    open_folder(folder, args, "reward_model", {
-        "--train_data": train, "--eval_data": held_out, "--demonstrations": demonstrations})
+    open_folder(folder, args, "reward_model", texts)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = math.ceil(args.warmup_ratio * total_steps)

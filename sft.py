@@ -45,7 +45,7 @@ from utils.rouge import rouge
 from utils.run import Tracker, choose_folder, interrupted, leave_interrupted, load_checkpoint, model_card
 from utils.run import open_folder, save_checkpoint, stop_if_not_finite
 from utils.sampling import sample_responses
-from utils.tokens import encode_texts, show_example
+from utils.tokens import encode_text, encode_texts, show_example
 
 
 @dataclass
@@ -139,8 +139,7 @@ def encode_demonstration(row, tokenizer):
     if "completion" in row:  # [E1] tokenised apart, joined as ids
         prompt, completion = encode_texts(row["prompt"], row["completion"], tokenizer)
     else:
-        bos, text = encode_texts("", row["text"], tokenizer)
-        prompt, completion = [], bos + text
+        prompt, completion = [], encode_text(row["text"], tokenizer)
     return prompt + completion, len(prompt)
 
 
@@ -293,7 +292,8 @@ def main(args: Args):
     engine = create_engine(model, optimizer, args)
 
     # 2. output folder, schedule, resume
-    open_folder(folder, args, "sft", {"--train_data": train, "--eval_data": held_out})
+    open_folder(folder, args, "sft", {
+        "--train_data": [item[:2] for item in train], "--eval_data": [item[:2] for item in held_out]})
     packs = pack(train, args.pack_length)  # without the flag, each row alone
     steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch

@@ -433,7 +433,7 @@ def test_sample_responses_measures_lengths_by_hand(tokenizer, monkeypatch):
     prompts = [([5, 6], "a", {}), ([7], "b", {}), ([8, 9, 10], "c", {})]
     rows = sample_responses(model, prompts, tokenizer, dpo.Args(response_length=4, temperature=0.4), 4, seed=1)
     assert [tuple(row.values()) for row in rows] == [
-        ("a", " is good", [322, 552, EOS], 3, True), ("b", " is", [322, 792], 2, True),
+        ("a", " is good", [322, 552, EOS], 3, True), ("b", " is mat", [322, 792], 2, True),
         ("c", " is is is is", [322] * 4, 4, False)]
     assert seen["input_ids"].tolist() == [[0, 5, 6], [0, 0, 7], [8, 9, 10]]
     assert seen["attention_mask"].tolist() == [[0, 1, 1], [0, 0, 1], [1, 1, 1]]

@@ -9,7 +9,6 @@ import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -293,19 +292,6 @@ def exchange_words(file):
     file.write_text(json.dumps(content))
 
 
-VOCABULARY = json.loads((ROOT / "assets/base/tokenizer.json").read_text())["model"]["vocab"]
-ENDINGS = [EOS, *sorted(number for word, number in VOCABULARY.items() if word.startswith("Ġ"))[::8]]  # in no text as such
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_token_in_sixteen_ends_a_response():
-    """As if these were special tokens that the generation configs named, so that random models end early."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.models.generation_eos_ids", lambda path, *_: json.loads(
-            Path(path, "ends.json").read_text()) if Path(path, "ends.json").exists() else ENDINGS)
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two tiny random language models, a reward model with other ids and a mean, prompts with references and groups."""
@@ -321,6 +307,8 @@ def folder(tmp_path_factory):
         if name == "rm":
             config.reward_mean = 0.75
         model = kind(config)
+        if name != "rm":  # one token in sixteen ends a response
+            model.generation_config.eos_token_id = list(range(0, 1000, 16))
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     exchange_words(folder / "rm" / "tokenizer.json")
@@ -353,15 +341,14 @@ def test_greedy_responses_equal_generate_row_by_row(folder, tokenizer, micro_bat
     assert len({len(ids) for ids in sequences}) > 1
     found = evaluate.generate_responses(model, sequences, tokenizer, make_args(
         folder, greedy=True, micro_batch_size=micro_batch_size), "cpu")
-    endings = set(ENDINGS)
+    endings = set(range(0, 1000, 16))
     for ids, answer in zip(sequences, found):
         output = model.generate(
             input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=8,
             eos_token_id=sorted(endings), pad_token_id=PAD)[0, len(ids) :].tolist()
         assert answer["tokens"] == output and answer["length"] == len(output)
         assert answer["ended"] == (output[-1] in endings)
-        words = [token for token in output if token not in endings]
-        assert answer["response"] == tokenizer.decode(words, skip_special_tokens=True)
+        assert answer["response"] == tokenizer.decode(output, skip_special_tokens=True)
     assert {answer["ended"] for answer in found} == {True, False}
 
 
@@ -671,7 +658,7 @@ def test_a_second_run_takes_its_samples_from_the_cache(folder, finished, tmp_pat
     assert {**again, "command": ""} == {**results, "command": ""}
     assert read_rows(tmp_path / "again" / "samples.jsonl") == samples
     shutil.copytree(folder / "one", tmp_path / "one")
-    (tmp_path / "one/ends.json").write_text("[5]")  # other terminators
+    (tmp_path / "one/generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
     for number, changes in enumerate((
             dict(seed=2), dict(temperature=0.9), dict(response_length=9), dict(greedy=True), dict(micro_batch_size=8),
             dict(num_prompts=39), dict(models=(str(tmp_path / "one"),)))):
@@ -851,7 +838,7 @@ def test_each_model_ends_with_its_own_eos(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(copy)
     config["eos_token"] = tokenizer.convert_ids_to_tokens(300)
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    (copy / "ends.json").write_text("[]")
+    (copy / "generation_config.json").write_text("{}")
     run(folder, tmp_path / "out", models=(str(folder / "two"), str(copy)), cache=str(tmp_path / "cache"))
     assert load_tokenizer(str(copy), "--models").eos_token_id == 300
     ends = {}

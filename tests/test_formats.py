@@ -557,7 +557,7 @@ def test_keys_without_a_value_are_no_keys():
     seen = []
 
     class Spy:
-        chat_template, eos_token, bos_token_id = "some", EOS, None
+        chat_template, eos_token, bos_token_id, bos_token = "some", EOS, None, None
 
         def __call__(self, text):
             return SimpleNamespace(input_ids=[])
@@ -567,11 +567,11 @@ def test_keys_without_a_value_are_no_keys():
 
         def apply_chat_template(self, messages, tokenize, strftime_now=None, **options):
             seen.append((messages, options))
-            return " ".join(message["content"] for message in messages)
+            return " ".join([str(options.get("tools", "")), *(message["content"] for message in messages)])
 
     standard_row({"messages": [{**USER, "tool_calls": None}, GOOD], "tools": [{"name": "f"}]}, Spy(), 512)
-    assert seen[:2] == [([USER], {"add_generation_prompt": True, "tools": [{"name": "f"}]}),
-                        ([USER, GOOD], {"tools": [{"name": "f"}]})]
+    assert seen[:3] == [([USER], {"add_generation_prompt": True, "tools": [{"name": "f"}]}),
+                        ([USER], {"add_generation_prompt": True}), ([USER, GOOD], {"tools": [{"name": "f"}]})]
 
 
 def test_a_long_post_without_newline_is_cut_quickly(tokenizer):

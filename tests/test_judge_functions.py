@@ -1,5 +1,6 @@
 """Python judges: what they get, and what they cannot change. And the rows of a run: recorded, and the same on resume."""
 
+import functools
 import json
 from datetime import datetime
 from types import SimpleNamespace
@@ -41,6 +42,10 @@ def test_a_judge_gets_the_columns_that_it_has_parameters_for():
         return [0, 1]
 
     assert asked(by_name) == [6.0, 6.0] and asked(by_keyword) == [10.0, 10.0] and asked(everything) == [0.0, 1.0]
+    assert asked(lambda completions, prompts, reference: [len(x + y) for x, y in zip(completions, reference)]) == [4, 4]
+    assert asked(lambda completions, **rest: [float(rest["votes"] == [[1, 2], [3]])] * 2) == [1.0, 1.0]  # as TRL calls it
+    assert asked(functools.partial(by_name, reference=[])) == [4.0, 4.0]  # what is bound stays
+    assert asked(lambda texts, votes: [len(votes)] * 2) == [2.0, 2.0]  # the first two, whatever their names
     assert asked(lambda queries, responses: [type(queries) is list and type(responses) is list] * 2) == [1.0, 1.0]
 
 
@@ -62,11 +67,11 @@ def test_a_judge_that_wants_an_absent_column_is_refused_at_once(monkeypatch, tmp
     monkeypatch.syspath_prepend(tmp_path)
     prompt = SimpleNamespace(text="a", row={"prompt": "a", "reference": "b"})
     with pytest.raises(SystemExit):
-        load_function("own_judges:score", "--reward_function", prompt)
+        load_function("own_judges:score", "--reward_function", [prompt])
     error = capsys.readouterr().err
     assert "'truth'" in error and "prompt, reference" in error and error.count("\n") == 1
     prompt.row["truth"] = "c"
-    assert load_function("own_judges:score", "--reward_function", prompt)(["q"], ["r"], "t") == [0]
+    assert load_function("own_judges:score", "--reward_function", [prompt])(["q"], ["r"], "t") == [0]
 
 
 def test_with_messages_a_judge_sees_the_conversation(tmp_path):
@@ -132,7 +137,7 @@ def test_a_resumed_run_reads_the_same_rows_on_the_same_date(tmp_path, monkeypatc
         with pytest.raises(SystemExit):
             open_folder(choose_folder(args, "ppo"), args, "ppo", {**rows, "--prompts": changed})
         error = capsys.readouterr().err
-        assert "rows of --prompts are not those" in error and error.count("\n") == 1
+        assert "rows of --prompts assets/data/train.jsonl are not those" in error and error.count("\n") == 1
 
 
 FLAGS = {sft: {"--train_data", "--eval_data"}, reward_model: {"--train_data", "--eval_data", "--demonstrations"},

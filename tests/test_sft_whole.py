@@ -52,7 +52,7 @@ def read_rows(file, tokenizer):
         prompt = tokenizer(row.get("prompt", "")).input_ids
         ids = prompt + tokenizer(row.get("completion", row.get("text"))).input_ids + [0]
         if len(prompt) + 1 < len(ids) <= LONGEST:
-            text = row["prompt"] if "prompt" in row else " ".join(row["text"].split()[:2])
+            text = row["prompt"] if "prompt" in row else tokenizer.decode(tokenizer(row["text"]).input_ids[:4])
             found.append((ids, len(prompt), text, row.get("completion", "")))
     return found
 

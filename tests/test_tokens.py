@@ -146,10 +146,10 @@ def test_detail_e29_mixed_terminators_are_refused_where_scores_are_read(tmp_path
 
 
 @pytest.mark.parametrize("written, ids, kept", [
-    (True, [0, 1007], [0, 1007]), (True, 0, [0]), (True, [0, 322], None), (True, [0, 5000], None),
+    (True, [0, 1007], [0, 1007]), (True, 0, [0]), (True, [0, 322], [0, 322]), (True, [0, 5000], None),
     (False, [0, 322], [0]), (False, [0, 1007], [0, 1007])])
 def test_detail_e29_generation_configs_add_terminators_or_are_refused(written, ids, kept, tmp_path, capsys):
-    """Added tokens of generation_config.json end a response; an ordinary word or an unknown id is named and refused."""
+    """All tokens of generation_config.json end a response, ordinary ones with a warning; an unknown id is refused."""
     tokenizer = chat_tokenizer(TEMPLATES["chatml"][0])
     assert tokenizer.convert_ids_to_tokens(1007) in ADDED
     if written:
@@ -159,6 +159,7 @@ def test_detail_e29_generation_configs_add_terminators_or_are_refused(written, i
         (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": ids}))
     if kept is not None:
         assert generation_eos_ids(str(tmp_path), "--model", tokenizer) == kept
+        assert ("ends responses at 322, the ordinary token 'Ġis'" in capsys.readouterr().out) == (322 in kept)
         return
     with pytest.raises(SystemExit):
         generation_eos_ids(str(tmp_path), "--model", tokenizer)

@@ -27,7 +27,9 @@ from utils.tokens import terminator_ids
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 ANSWERS = {"text", "completion", "chosen", "rejected", "reference_response"}
-TEXTS = ANSWERS | {"prompt", "query", "messages", "info", "summaries", "meta", "responses", "title", "post", "summary"}
+TEXTS = ANSWERS | {
+    "prompt", "query", "messages", "info", "summaries", "meta", "responses", "title", "post", "summary", "system",
+    "system_prompt", "question", "input", "response", "instruction", "output", "history", "human_ref_A", "human_ref_B"}
 
 
 def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
@@ -71,6 +73,8 @@ def load_rows(path, flag, columns, tokenizer, max_prompt_length=512):
                 f"; without a value: {missing}" if missing else "")
     _fail_at_first(faults, flag, path)
     wanted = next((names for names in columns if set(names) <= set().union(*rows)), None)
+    if wanted is None and "conversation" in rows[0] and "completion" in columns[0]:
+        wanted = columns[0]  # and no row has an answer
     if wanted is None:
         talk = next((name for name, value in rows[0].items() if isinstance(value, list) and value and isinstance(
             value[0], dict) and {"role", "from"} & set(value[0])), None)
@@ -132,6 +136,8 @@ def _fault(row, wanted):
         if not isinstance(row.get(name), (bool, type(None))):
             return f"column {name!r} must be true or false, found {row[name]!r:.60}"
     for name in wanted:
+        if name == "completion" and name not in row and "conversation" in row:
+            return "messages: its last message is not the assistant's, so there is no answer to train on"
         if not isinstance(row.get(name), str):
             return (f"column {name!r} must be text, or messages as a list of {{role, content}}; found "
                     f"{row.get(name)!r:.60}")
@@ -149,10 +155,11 @@ def _name_special_tokens(rows, flag, path, tokenizer):
     for number, row in enumerate(rows, 1):
         found = Counter()
         for name in TEXTS & set(row):
+            is_answer = name in ANSWERS and isinstance(row[name], str)
             for text in _texts(row[name]):
                 if adds_bos(tokenizer) and name not in ANSWERS - {"text"} and text.startswith(tokenizer.bos_token):
                     begin, text = begin + 1, text.removeprefix(tokenizer.bos_token)
-                while name in ANSWERS and (end := next((end for end in ends if text.rstrip().endswith(end)), None)):
+                while is_answer and (end := next((end for end in ends if text.rstrip().endswith(end)), None)):
                     text = text.rstrip().removesuffix(end)
                 found.update(pattern.findall(text))
         if found:
@@ -368,10 +375,10 @@ def short_names(paths, *taken):
     return {str(Path(name).resolve()) if name in taken else name: path for name, path in zip(names, paths)}
 
 
-def load_function(spec, flag, prompt=None):
+def load_function(spec, flag, prompts=None):
     """The function that `module:name` names, or None for None or nothing; the current folder is on the import path.
 
-    prompt: a Prompt to try a judge on, so that one that cannot work is found before anything is written.
+    prompts: Prompts that a judge will see, to find one that cannot work before anything is written.
     """
     if not spec:
         return None
@@ -384,39 +391,53 @@ def load_function(spec, flag, prompt=None):
         function = getattr(importlib.import_module(module), name)
     except Exception as error:
         fail(f"{flag} {spec}: cannot import it ({first_line(error)}). Write it as module:function")
-    if prompt is not None:
-        missing = [name for name, needed in _further_parameters(function).items() if needed and name not in prompt.row]
-        if missing:
-            fail(f"{flag} {spec}: it takes {missing[0]!r}, and the rows have no such column. They have: "
-                 f"{', '.join(prompt.row)}")
-        call_judge(function, f"{flag} {spec}", [prompt.text] * 2, [" a", " b"], [prompt.row] * 2)
+    if prompts:
+        for wanted in _further_parameters(function)[1]:
+            lacks = [prompt.row for prompt in prompts if wanted not in prompt.row]
+            if lacks:
+                fail(f"{flag} {spec}: it takes {wanted!r}, and {len(lacks)} of {len(prompts)} prompts have no such "
+                     f"column. The first of these has: {', '.join(lacks[0])}")
+        call_judge(function, f"{flag} {spec}", [prompts[0].text] * 2, [" a", " b"], [prompts[0].row] * 2)
     return function
 
 
+JUDGED = {"queries": "queries", "prompts": "queries", "responses": "responses", "completions": "responses"}
+
+
 def _further_parameters(function):
-    """{name: whether it must be given} of a judge's parameters after queries and responses; "**" takes any."""
+    """How to call a judge: (names of parameters for columns, those of them that must be given, whether it takes any
+    column, {parameter: "queries" or "responses"}, empty where those are the first two, whatever their names)."""
     try:
-        parameters = list(inspect.signature(function).parameters.values())[2:]
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some functions in C do not tell
-        return {}
-    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    found = {one.name: one.default is one.empty for one in parameters if one.kind in kinds}
-    return found | {"**": False for one in parameters if one.kind == one.VAR_KEYWORD}
+        return [], [], False, {}
+    bound = getattr(function, "keywords", {})  # of a functools.partial
+    named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    by_name = {one.name: JUDGED[one.name] for one in named if one.name in JUDGED}
+    taken = {one.name for one in parameters[:2]} if not by_name else set(by_name)
+    columns = [one for one in named if one.name not in taken and one.name not in bound]
+    return ([one.name for one in columns], [one.name for one in columns if one.default is one.empty],
+            any(one.kind == one.VAR_KEYWORD for one in parameters), by_name)
 
 
 def call_judge(function, flag, queries, responses, rows=None):
     """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it.
 
-    rows: the row of each query. Its columns are keyword arguments of the judge, as lists, if it has parameters of their
-    names or **. Whatever the judge gets is its own copy.
+    queries and responses go to parameters of these names, or prompts and completions as TRL has them, or else to the
+    first two. rows: the row of each query; its columns go, as lists, to parameters of their names, or to **. Whatever
+    the judge gets is its own copy.
     """
-    parameters, rows = _further_parameters(function), rows or [{}] * len(queries)
-    names = set().union(*rows) - {"prompt", "queries", "responses"}
-    names = names if "**" in parameters else names & set(parameters)
+    wanted, _, takes_any, by_name = _further_parameters(function)
+    rows = rows or [{}] * len(queries)
+    present = set().union(*rows)
+    names = present & set(wanted) | (present - set(JUDGED) - {"prompt"} if takes_any else set())
 
     def ask(some):
+        texts = {"queries": [queries[i] for i in some], "responses": [responses[i] for i in some]}
         columns = {name: copy.deepcopy([rows[i].get(name) for i in some]) for name in sorted(names)}
-        return list(function([queries[i] for i in some], [responses[i] for i in some], **columns))
+        if by_name:
+            return list(function(**{name: texts[which] for name, which in by_name.items()}, **columns))
+        return list(function(texts["queries"], texts["responses"], **columns))
 
     def fails_alone(i):
         try:

@@ -21,7 +21,7 @@ from datetime import datetime
 
 from jinja2 import TemplateError
 
-from utils.tokens import adds_bos, end_of_turn, split_terminator
+from utils.tokens import encode_prompt, end_of_turn, without_terminator
 
 TLDR = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # [detail 2] no space at the end
 CNNDM = "Article:\n{article}\n\nTL;DR:\n"
@@ -34,8 +34,8 @@ CNNDM_BATCHES = {"batch0_cnndm", "cnndm0", "cnndm2"}  # [detail 6] not of TL;DR:
 def standard_row(row, tokenizer, max_prompt_length):
     """A row (dict) with the scripts' columns, whatever published layout it has; unknown layouts are left as they are.
 
-    No text ends with the tokenizer's EOS: the scripts put it there. Raises ValueError with the reason where a row of a
-    known layout cannot be used.
+    No answer ends with the terminator that `encode_texts` (utils/tokens.py) puts there. Raises ValueError with the
+    reason where a row of a known layout cannot be used.
     """
     row = usual_messages(row)
     if {"meta", "responses", "label"} <= set(row) and isinstance(row["meta"], dict):
@@ -68,8 +68,9 @@ def standard_row(row, tokenizer, max_prompt_length):
                          "an answer into a conversation, one row with a column messages")
     elif {"chosen", "rejected"} <= set(row) and "prompt" not in row:
         row = dialogue(row)
-    ends = {name: row[name].removesuffix(tokenizer.eos_token) for name in ("text", "completion", "chosen", "rejected")
-            if isinstance(row.get(name), str)}
+    prompt = row["prompt"] if isinstance(row.get("prompt"), str) else ""
+    ends = {name: without_terminator("" if name == "text" else prompt, row[name], tokenizer)
+            for name in ("text", "completion", "chosen", "rejected") if isinstance(row.get(name), str)}
     return {**row, **ends}
 
 
@@ -173,7 +174,7 @@ def usual_messages(row):
         row[name] = [{**message, "role": ROLES.get(role.lower(), role) if isinstance(role, str) else role}
                      for message, role in zip(messages, roles)]
         is_whole = name == "messages" or name in ("chosen", "rejected") and not isinstance(row.get("prompt"), list)
-        if is_whole and len(messages) < 2:
+        if is_whole and len(messages) < 2 and (name != "messages" or row[name][0]["role"] == "assistant"):
             raise ValueError(f"{name} is a conversation of one message, by {row[name][0]['role']}. It needs a question "
                              "and the assistant's answer")
     prompt = row.get("prompt")
@@ -211,9 +212,9 @@ def dialogue(row):
 def conversation(row, tokenizer):
     """Messages ({role, content} lists) through the chat template: the prompt up to the last answer, and the answers.
 
-    The prompt ends with the template's cue for an answer. It keeps no BOS that the tokenizer adds by itself. An answer
-    has no end of turn: `encode_texts` (utils/tokens.py) puts it there. For judges the row also has `conversation`, the
-    prompt's messages, and `last_user_turn`, the text of the user's last one.
+    The prompt ends with the template's cue for an answer. It has no BOS in its text if the tokenizer puts the same ids
+    there without. For judges the row also has `conversation`, the prompt's messages, and `last_user_turn`, the text of
+    the user's last one.
     """
     if tokenizer.chat_template is None:
         raise ValueError("messages, and the tokenizer has no chat template")
@@ -224,43 +225,52 @@ def conversation(row, tokenizer):
             raise ValueError("chosen and rejected differ before their last message")
         row["chosen"], row["rejected"] = row["chosen"][-1:], row["rejected"][-1:]
     if "messages" in row:
-        row["prompt"], row["completion"] = row["messages"][:-1], row["messages"][-1:]
+        has_answer = row["messages"][-1].get("role") == "assistant"
+        row["prompt"] = row["messages"][:-1] if has_answer else row["messages"]
+        row |= {"completion": row["messages"][-1:]} if has_answer else {}
     prompt, options = row["prompt"], {"tools": row["tools"]} if row.get("tools") else {}
+    if prompt and prompt[-1].get("role") == "assistant":
+        raise ValueError("the prompt ends with a message of the assistant's. End it with the user's")
     row["prompt"] = render(prompt, tokenizer, add_generation_prompt=True, **options)
+    if options and row["prompt"] == render(prompt, tokenizer, add_generation_prompt=True):
+        raise ValueError("the chat template leaves out the tools. Use one that prints them, or leave out the column")
     for name in {"completion", "chosen", "rejected"} & set(row):
         if not row[name] or row[name][-1].get("role") != "assistant":
             raise ValueError(f"{name}: its last message is not the assistant's")
-        whole = render(prompt + row[name], tokenizer, **options)
-        if not whole.startswith(row["prompt"]):
-            raise ValueError("the chat template renders the prompt otherwise when an answer follows")
-        row[name] = answer_of(whole[len(row["prompt"]) :], row[name][-1], row["prompt"], tokenizer)
+        row[name] = answer_of(prompt + row[name], row["prompt"], tokenizer, **options)
     row["conversation"] = prompt
     row["last_user_turn"] = next((turn["content"] for turn in prompt[::-1] if turn["role"] == "user"), "")
-    if adds_bos(tokenizer):  # the tokenizer will put it there
-        row["prompt"] = row["prompt"].removeprefix(tokenizer.bos_token)
+    bare = row["prompt"].removeprefix(tokenizer.bos_token or "")
+    if encode_prompt(bare, tokenizer) == encode_prompt(row["prompt"], tokenizer):
+        row["prompt"] = bare
     return row
 
 
-def answer_of(rendered, message, prompt, tokenizer):
-    """The text of an answer as the template renders it, up to its end of turn.
+def answer_of(messages, prompt, tokenizer, **options):
+    """The text of the last message, an answer, as the template renders it after the prompt, up to its end of turn.
 
     What comes after that is cut: a newline, EOS, and the cue for another answer, which some templates print always.
-    Raises ValueError where the template drops a part of the content. It may change the space around it.
+    Raises ValueError where the template leaves something out. It may change the space around the content.
     """
-    content, turn = message.get("content") or "", end_of_turn(tokenizer)
-    places = [place for place, char in enumerate(rendered) if not char.isspace()]
-    wanted = "".join(content.split())
-    start = "".join(rendered.split()).rfind(wanted)
-    if start < 0:
+    message, probe = messages[-1], "AnswerProbe7"
+    whole = render(messages, tokenizer, **options)
+    for key in ("tool_calls", "reasoning_content", "thinking"):
+        if message.get(key) and whole == render(
+                [*messages[:-1], {"content": "", **message, key: None}], tokenizer, **options):
+            raise ValueError(f"the chat template leaves out {key} of the answer. Use one that prints it, or remove it")
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template renders the prompt otherwise when an answer follows it (its cue for an "
+                         "answer is not how answers begin). Use another template, or give prompts and answers as text")
+    after = render([*messages[:-1], {**message, "content": probe}], tokenizer, **options).rpartition(probe)[2]
+    text = whole[len(prompt) :].removesuffix(after)
+    content = message.get("content") or ""
+    if "".join(content.split()) not in "".join(text.split()):
         raise ValueError(f"the chat template drops or changes a part of the answer {content!r:.60}. Use a template "
                          "that keeps it, or give prompts and answers as text")
-    end = places[start + len(wanted) - 1] + 1 if wanted else 0
-    after = rendered[end:]
+    turn = end_of_turn(tokenizer)
     if turn.end and turn.end in after:  # tool calls may stand before it
-        text = rendered[:end] + after.partition(turn.end)[0]
-        ends_alone = split_terminator(prompt, text, tokenizer)[1] == tokenizer.convert_tokens_to_ids(turn.end)
-        return text if ends_alone else text + turn.end
-    return (rendered if message.get("tool_calls") else rendered[:end]).rstrip()
+        return without_terminator(prompt, text + after.partition(turn.end)[0] + turn.end, tokenizer)
+    return (text + after if message.get("tool_calls") else text).rstrip()
 
 
 template_date = [datetime.now()]  # what templates print as today's; utils/run.py fixes it for a run and its resumes

@@ -334,7 +334,7 @@ def open_judges(args, prompts):
         if is_server:
             judges[name] = "server", connect(spec, args)
         elif ":" in spec and not Path(spec).exists():
-            judges[name] = "function", load_function(spec, "--judges", prompts[0])
+            judges[name] = "function", load_function(spec, "--judges", prompts)
         elif not Path(spec).exists() and not is_hub_id(spec):
             fail(f"{flag}: no such folder. Give a reward model's Hugging Face folder or Hub id, module:function, or "
                  "the URL of a server")

@@ -82,7 +82,7 @@ def read_columns(pairs):
     """Keep what --columns says, or fail in one line."""
     renamed.clear()
     for pair in pairs:
-        ours, _, theirs = pair.partition("=")
+        ours, _, theirs = (part.strip() for part in pair.partition("="))
         if not (ours and theirs):
             fail(f"--columns {pair}: write our name, =, and the name in your file, as in prompt=question")
         if ours in renamed.values() or theirs in renamed:

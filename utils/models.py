@@ -98,7 +98,10 @@ def load_tokenizers(models, ref_model):
 
 
 def other_tokenizer(args, tokenizer, own):
-    """`own`, the tokenizer of --reward_model, if its vocabulary is not the policy's: that needs --retokenize; else None."""
+    """`own`, the tokenizer of --reward_model, if it has another vocabulary than the policy's, or None.
+
+    That needs --retokenize.
+    """
     if own.get_vocab() == tokenizer.get_vocab():
         return None
     if not args.retokenize:
@@ -191,7 +194,7 @@ def _stored(path, name):
     for whole in ("model.safetensors", "pytorch_model.bin"):
         file, index = find(whole), find(whole + ".index.json")
         if not file and index:  # in several files
-            file = find(json.loads(Path(index).read_text())["weight_map"][name])
+            file = find(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][name])
         if file and file.endswith(".safetensors"):
             with safe_open(file, "pt") as weights:
                 return weights.get_tensor(name)

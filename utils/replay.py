@@ -15,7 +15,7 @@ import tyro
 
 from utils.launch import allowed, escape_output, fail
 from utils.models import load_causal_lm, load_classifier, load_tokenizer
-from utils.tokens import encode_texts
+from utils.tokens import encode_text, encode_texts
 
 
 @dataclass
@@ -34,7 +34,8 @@ def sequences_of(batch, script, tokenizer):
         return [list(query) + [token for token in response if token != tokenizer.pad_token_id]
                 for query, response in zip(batch["queries"], batch["responses"].tolist())]
     sides = ("completion", "text") if script == "sft" else ("chosen", "rejected")
-    return [sum(encode_texts(row["prompt"] if side != "text" else "", row[side], tokenizer), [])
+    return [encode_text(row[side], tokenizer) if side == "text" else
+            sum(encode_texts(row["prompt"], row[side], tokenizer), [])
             for row in batch["rows"] for side in sides if side in row]
 
 

@@ -38,7 +38,8 @@ def choose_folder(args, name):
     """Decide on the folder of this run of NAME.py, and change nothing yet. Returns its Path.
 
     Without --output_dir: the first free one of runs/NAME, runs/NAME-2, ..., or the last existing one to resume.
-    Also decides what chat templates print as today's date: the day on which the run began.
+    Also decides what chat templates print as today's date: the day on which the run began, or that of the run which
+    trained its model.
     A folder in use is refused unless --resume or --overwrite is given; --overwrite replaces earlier runs only, and
     none that this run reads from.
     """
@@ -84,9 +85,9 @@ def choose_folder(args, name):
 
     def decide_with_date():
         folder, wrong = decide_or_say()
-        record = {} if wrong else _read_record(folder / "args.json")
-        goes_on = resume or wrong is None and _to_do_again(folder, args, name)
-        return folder, wrong, record.get("template_date") if goes_on else None
+        model = getattr(args, "model", None) or getattr(args, "sft_model", None) or args.models[0]
+        goes_on = not wrong and (resume or _to_do_again(folder, args, name))
+        return folder, wrong, _read_record((folder if goes_on else Path(model)) / "args.json").get("template_date")
 
     folder, wrong, date = from_rank0(decide_with_date)
     if wrong:
@@ -112,7 +113,8 @@ def open_folder(folder, args, name, data=None):
             if (folder / "summary.json").exists():
                 return "the run has come to its end in the meantime, there is nothing to resume"
             before = _read_record(folder / "args.json").get("data", {})
-            changed = [flag for flag, digest in hashes(data).items() if before.get(flag, digest) != digest]
+            changed = [f"{flag} {getattr(args, flag.removeprefix('--'))}" for flag, digest in hashes(data).items()
+                       if before.get(flag, digest) != digest]
             if changed:
                 return (f"--resume: the rows of {', '.join(changed)} are not those that the run began with: the file, "
                         "the tokenizer or its chat template has changed. Put back what was there, or start a new run")
@@ -142,7 +144,7 @@ def hashes(data):
     for flag, rows in (data or {}).items():
         digest = hashlib.sha256()
         for row in rows.items() if isinstance(rows, dict) else rows:
-            digest.update(repr(row).encode("utf-8", "backslashreplace"))
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         found[flag] = digest.hexdigest()
     return found
 

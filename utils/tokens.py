@@ -39,25 +39,40 @@ def end_of_turn(tokenizer):
     return _end_of_turn(tokenizer, str(tokenizer.chat_template)) if tokenizer.chat_template else Turn(None, None)
 
 
+SYSTEM, QUESTION, ANSWER = (
+    {"role": role, "content": f"{role.title()}Probe7"} for role in ("system", "user", "assistant"))
+
+
 @lru_cache(maxsize=16)
 def _end_of_turn(tokenizer, template):
-    question, answer = "Question1", "Answer2"
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        prompt = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates refuse roles as they like; then the tokenizer's EOS has to do
+    def rendered(*turns, **options):
+        return tokenizer.apply_chat_template([*start, *turns], tokenize=False, **options)
+
+    question, answer = QUESTION["content"], ANSWER["content"]
+    for start in ([], [SYSTEM]):  # some templates refuse a system message, and some want one
+        try:
+            prompt, whole = rendered(QUESTION, add_generation_prompt=True), rendered(QUESTION, ANSWER)
+            break
+        except Exception:
+            pass
+    else:  # templates refuse roles as they like; then the tokenizer's EOS has to do
         return Turn(None, None)
-    last = middle = whole.rpartition(answer)[2]
+    header, _, cue = prompt.rpartition(question)
+    cue, last = cue.rstrip() or None, whole.rpartition(answer)[2]
     try:
-        longer = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False)
-        middle = longer.partition(answer)[2].partition(question)[0]
+        middle = rendered(QUESTION, ANSWER, QUESTION).partition(answer)[2].partition(question)[0]
     except Exception:
-        pass
-    # what comes after every answer. After the last one some templates print the cue for another answer
-    after = os.path.commonprefix([last, middle])
-    cue = prompt.rpartition(question)[2].rstrip() or None
-    return Turn(_first_added_token(after, tokenizer), cue)
+        middle = last
+    # What stands after every answer. After an answer within the text comes the header of the next turn, and after the
+    # last one some templates always print the cue for another answer.
+    header = header.removeprefix(tokenizer.bos_token or "")
+    if header and header in middle:
+        return Turn(_first_added_token(middle[: middle.rfind(header)], tokenizer), cue)
+    end = _first_added_token(os.path.commonprefix([last, middle]), tokenizer)
+    if end is None:  # the last answer ends otherwise than those before it
+        end = _first_added_token(last, tokenizer)
+        end = None if end and end in (cue or "") else end
+    return Turn(end, cue)
 
 
 def _first_added_token(text, tokenizer):
@@ -78,13 +93,30 @@ def split_terminator(prompt, response, tokenizer):
     [E29] Of several terminators at the end of the text the first counts, and space between and after them is dropped.
     """
     turn, own = end_of_turn(tokenizer), None
-    ends = tokenizer.convert_ids_to_tokens(terminator_ids(tokenizer))
-    while found := next((end for end in ends if response.rstrip().endswith(end)), None):
+    if turn.end and turn.cue and turn.end in turn.cue and response.rstrip().endswith(turn.cue):
+        response = response.rstrip().removesuffix(turn.cue) + turn.end  # a template that always prints the cue
+    while found := next((end for end in _added_terminators(tokenizer) if response.rstrip().endswith(end)), None):
         own, response = found, response.rstrip().removesuffix(found)
     if own is None:
-        rendered = turn.end and turn.cue and prompt.rstrip().endswith(turn.cue)
-        own = turn.end if rendered else tokenizer.eos_token
+        own = turn.end if _is_rendered(prompt, turn) else tokenizer.eos_token
     return response, tokenizer.convert_tokens_to_ids(own)
+
+
+def without_terminator(prompt, response, tokenizer):
+    """A response without its terminator, if `encode_texts` puts the same one there again; else as it is."""
+    text, end = split_terminator(prompt, response, tokenizer)
+    return text if split_terminator(prompt, text, tokenizer) == (text, end) else response
+
+
+def _added_terminators(tokenizer):
+    """The texts of the terminators that a tokenizer finds in any text: not ordinary tokens of a generation config."""
+    added = {number: token for token, number in tokenizer.get_added_vocab().items()}
+    return [added[token] for token in terminator_ids(tokenizer) if token in added]
+
+
+def _is_rendered(prompt, turn):
+    """Whether a prompt ends with the template's cue for an answer, and perhaps the beginning of the answer."""
+    return bool(turn.end and turn.cue and turn.cue in prompt and turn.end not in prompt.rpartition(turn.cue)[2])
 
 
 def the_terminator(sequences, tokenizer):
@@ -117,30 +149,31 @@ def set_terminator(classifier, path, flag, tokenizer, prompt):
 
 
 def generation_eos_ids(path, flag, tokenizer):
-    """The ids in a model folder's generation config that end a response. Ordinary tokens among them are refused.
+    """The ids in a model folder's generation config that end a response: they are terminators too.
 
-    A folder without that file has the ids of its config.json instead, where ordinary tokens are some class's default.
+    A folder without that file has the ids of its config.json instead; ordinary tokens there are some class's default.
     """
     try:
-        config = GenerationConfig.from_pretrained(path)
+        config, file = GenerationConfig.from_pretrained(path), "generation_config.json"
     except OSError:
-        config = None
-    written = config is not None and not getattr(config, "_from_model_config", False)
-    if config is None:
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config, file = AutoConfig.from_pretrained(path, trust_remote_code=False), "config.json"
         except (OSError, ValueError, KeyError):  # whoever loads the model says what is wrong with it
             return []
     ids = config.eos_token_id
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    known = [token for token in ids if token in tokenizer.get_added_vocab().values()]
-    wrong = [token for token in ids if token not in known and token != tokenizer.eos_token_id]
-    if wrong and written:
-        token = tokenizer.convert_ids_to_tokens(wrong[0]) if wrong[0] < len(tokenizer) else None
-        what = f"the ordinary token {token!r}" if token else "no token of its tokenizer"
-        fail(f"{flag} {path}: its generation_config.json ends responses at {wrong[0]}, {what}. Every text with that "
-             "token would be cut there: take it out of eos_token_id")
-    return known
+    ids, vocabulary = ids if isinstance(ids, list) else [] if ids is None else [ids], tokenizer.get_vocab()
+    added = {tokenizer.eos_token_id, *tokenizer.get_added_vocab().values()}
+    if file == "config.json":
+        return [token for token in ids if token in added]
+    words = {number: token for token, number in vocabulary.items()}
+    for token in ids:
+        if token not in words:
+            fail(f"{flag} {path}: its generation_config.json ends responses at {token}, which is no token of its "
+                 "tokenizer. Correct eos_token_id there")
+        if token not in added:
+            print0(f"warning: {flag} {path}: its generation_config.json ends responses at {token}, the ordinary token "
+                   f"{words[token]!r}. So do these scripts")
+    return ids
 
 
 # ---- From texts to ids ------------------------------------------------------------------------------------
@@ -152,15 +185,26 @@ def encode_texts(prompt, response, tokenizer, finished=True):
     finished: False where a sampler has cut the response. Then it has no terminator.
     """
     response, end = split_terminator(prompt, response, tokenizer)
-    return encode_prompt(prompt, tokenizer), encode_response(prompt, response, tokenizer) + [end] * bool(finished)
+    ids = encode_response(prompt, response, tokenizer)
+    while ids and ids[-1] in terminator_ids(tokenizer):  # an ordinary token that a generation config ends at
+        end = ids.pop()
+    return encode_prompt(prompt, tokenizer), ids + [end] * bool(finished)
+
+
+def encode_text(text, tokenizer):
+    """Ids of a text without a prompt, with its terminator."""
+    text, end = split_terminator("", text, tokenizer)
+    return encode_prompt(text, tokenizer) + [end]
 
 
 def encode_prompt(text, tokenizer):
     """Ids of a text at the beginning of a row, with one BOS where the tokenizer puts one or the text brings one."""
-    if adds_bos(tokenizer):
-        while text.startswith(tokenizer.bos_token):
-            text = text.removeprefix(tokenizer.bos_token)
-    return tokenizer(text).input_ids
+    bos = tokenizer.bos_token
+    if not (adds_bos(tokenizer) and text.lstrip().startswith(bos)):
+        return tokenizer(text).input_ids
+    while text.lstrip().startswith(bos):
+        text = text.lstrip().removeprefix(bos)
+    return tokenizer(bos + text, add_special_tokens=False).input_ids  # read as it stands: some put a space after BOS
 
 
 def encode_response(prompt, response, tokenizer):
@@ -173,7 +217,7 @@ def encode_response(prompt, response, tokenizer):
     def ids_of(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    for context in _contexts(tokenizer) if prompt and response else ():
+    for context in _contexts(tokenizer, prompt) if prompt and response else ():
         before, both = ids_of(context), ids_of(context + response)
         if both[: len(before)] == before:  # else the beginning of the response has merged with the context
             return both[len(before) :]
@@ -189,18 +233,19 @@ def adds_bos(tokenizer):
     return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
 
 
+def _contexts(tokenizer, prompt):
+    """The texts behind which a response is read so that it spells itself: "" if it can be read by itself."""
+    return ("",) if _reads_apart(tokenizer) else (prompt[-200:], "\n", ".", "a", "0")
+
+
 @lru_cache(maxsize=16)
-def _contexts(tokenizer):
-    """The texts behind which a response is read so that it spells itself: "" alone if it can be read by itself."""
+def _reads_apart(tokenizer):
+    """Whether the ids of two texts, each read alone, spell both."""
     def ids_of(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    def joins(context):
-        return all(spell(ids_of(first) + ids_of(context + second)[len(ids_of(context)) :], tokenizer)
-                   == spell(ids_of(first + second), tokenizer) for first, second in JOINTS)
-
-    found = [context for context in ("", "\n", ".", "a", "0") if joins(context)]
-    return found[:1] if "" in found else found
+    return all(spell(ids_of(first) + ids_of(second), tokenizer) == spell(ids_of(first + second), tokenizer)
+               for first, second in JOINTS)
 
 
 def spell(ids, tokenizer):
@@ -227,8 +272,8 @@ def check_spelling(rows, flag, path, tokenizer, sample=200):
         return
     number, name, found, text = wrong[0]
     looked_at = len(range(0, len(rows), step))
-    message = (f"{flag} {path}: in {len(wrong)} texts of {looked_at} rows the ids of prompt and response, joined, do not "
-               f"spell the texts. The first is {name} of row {number}: the ids end in {found!r}, the texts in {text!r}")
+    message = (f"{flag} {path}: in {len(wrong)} texts of {looked_at} rows the ids of prompt and response, joined, do "
+               f"not spell the texts. The first is {name} of row {number}: the ids end in {found!r}, the texts in {text!r}")
     if len(wrong) > looked_at // 20:
         fail(f"{message}. Move the space or newline between the two into the response, or use another tokenizer")
     print0(f"warning: {message}")
@@ -245,7 +290,8 @@ def decode_responses(tokenizer, queries, responses):
     def texts(rows):
         return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    ends = terminator_ids(tokenizer)  # not every end of turn is marked as special
+    added = set(tokenizer.get_added_vocab().values())
+    ends = {token for token in terminator_ids(tokenizer) if token in added}  # not every end of turn is "special"
     responses = [[token for token in response if token not in ends] for response in responses.tolist()]
     befores, wholes, alones = texts(queries), texts([q + r for q, r in zip(queries, responses)]), texts(responses)
     return [whole[len(before):] if whole.startswith(before) else alone
