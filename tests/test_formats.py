@@ -557,13 +557,16 @@ def test_keys_without_a_value_are_no_keys():
     seen = []
 
     class Spy:
-        chat_template, eos_token, bos_token_id, bos_token = "some", EOS, None, None
+        chat_template, eos_token, eos_token_id, bos_token_id, bos_token = "some", EOS, 0, None, None
 
         def __call__(self, text):
             return SimpleNamespace(input_ids=[])
 
         def get_added_vocab(self):
-            return {}
+            return {EOS: 0}
+
+        def convert_tokens_to_ids(self, token):
+            return {EOS: 0}[token]
 
         def apply_chat_template(self, messages, tokenize, strftime_now=None, **options):
             seen.append((messages, options))

@@ -151,7 +151,8 @@ def set_terminator(classifier, path, flag, tokenizer, prompt):
 def generation_eos_ids(path, flag, tokenizer):
     """The ids in a model folder's generation config that end a response: they are terminators too.
 
-    A folder without that file has the ids of its config.json instead; ordinary tokens there are some class's default.
+    A folder without that file has the ids of its config.json instead. What stands there may be some class's default:
+    of those only tokens count that can end a response.
     """
     try:
         config, file = GenerationConfig.from_pretrained(path), "generation_config.json"
@@ -166,6 +167,8 @@ def generation_eos_ids(path, flag, tokenizer):
     if file == "config.json":
         return [token for token in ids if token in added]
     words = {number: token for token, number in vocabulary.items()}
+    if getattr(config, "_from_model_config", False):  # copied from a config.json, perhaps with a default
+        ids = [token for token in ids if token in words]
     for token in ids:
         if token not in words:
             fail(f"{flag} {path}: its generation_config.json ends responses at {token}, which is no token of its "
