@@ -224,7 +224,7 @@ def load_models(args, tokenizer, prompt):
         own_tokenizer = load_tokenizer(args.reward_model, "--reward_model")
         retokenizer = other_tokenizer(args, tokenizer, own_tokenizer)
         classifier = load_classifier(args.reward_model, "--reward_model", own_tokenizer, args.bf16)
-        set_terminator(classifier, args.reward_model, "--reward_model", own_tokenizer, prompt)
+        set_terminator(classifier, args.reward_model, "--reward_model", own_tokenizer, prompt, tokenizer)
         reward_model = ScalarModel(classifier).eval()
     if reward_model and not retokenizer:
         # [detail 22] the critic is a model of its own that starts as the reward model. So at first the value of

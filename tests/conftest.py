@@ -50,6 +50,24 @@ def tiny_classifier():
     return GPTNeoXForSequenceClassification(tiny_config(num_labels=1)).eval()
 
 
+class StubTokenizer:
+    """What Episodes needs of a tokenizer; the text of a row is what `decode` makes of its ids."""
+
+    chat_template = None
+
+    def __init__(self, eos_token_id, pad_token_id, decode=lambda ids: ""):
+        self.eos_token_id, self.pad_token_id, self.decode = eos_token_id, pad_token_id, decode
+
+    def __len__(self):
+        return 64
+
+    def get_added_vocab(self):
+        return {"EOS": self.eos_token_id, "PAD": self.pad_token_id}
+
+    def batch_decode(self, rows, **_):
+        return [self.decode(torch.as_tensor(row).tolist()) for row in rows]
+
+
 def watch_steps(monkeypatch, script):
     """A list that fills up with what each optimizer step of a script's main saw and did, each a flat vector:
     `before` and `after`, the weights; `gradient`, before clipping; and `lr`.

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import StubTokenizer
 
 import ppo
 from utils.data import pad
@@ -31,8 +32,7 @@ def prompts_and_responses():
 
 
 def episodes_on(device, queries, responses):
-    tokenizer = SimpleNamespace(
-        pad_token_id=PAD, eos_token_id=EOS, chat_template=None, batch_decode=lambda rows, **_: ["" for _ in rows])
+    tokenizer = StubTokenizer(EOS, PAD)
     return ppo.Episodes([(ids, "", {}) for ids in queries], responses.to(device), tokenizer, torch.tensor([EOS], device=device))
 
 

@@ -4,11 +4,10 @@ import itertools
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, StubTokenizer
 
 import group_invariant_ppo as gi
 from experiments import group_invariance as bed
@@ -45,8 +44,7 @@ SCORES = torch.tensor([1.0, 3.0, 3.0, -2.0])
 def within(name, exact=False):
     """Multipliers and KL coefficients of an update of four episodes under this control, or costs of the exact one."""
     with bed.control(name, GROUPS, seed=1):
-        tokenizer = SimpleNamespace(
-            pad_token_id=9, eos_token_id=0, chat_template=None, batch_decode=lambda rows, **_: [""] * len(rows))
+        tokenizer = StubTokenizer(0, 9)
         gi.Episodes([(query, "", {}) for query in QUERIES], torch.ones(4, 2, dtype=torch.long), tokenizer, torch.tensor([0]))
         gi.normalize(SCORES, (4, 0.0, 1.0), 0.0)
         kl_coefs, gradient = gi.adaptive_kl_coefs(LABELS, SCORES, 0.2)[0], gi.label_gradient(LABELS, SCORES, "mass")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, tiny_config
+from conftest import ROOT, StubTokenizer, tiny_config
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -276,9 +276,7 @@ def test_detail_12_last_token_is_found_on_any_padding_side():
     assert ppo.at_last_token(torch.arange(16).view(4, 4), mask).tolist() == [3, 5, 10, 15]
 
 
-STUB = SimpleNamespace(  # what Episodes needs of a tokenizer; the text of a token is its id
-    pad_token_id=60, eos_token_id=EOS, chat_template=None, convert_ids_to_tokens=str,
-    batch_decode=lambda rows, **_: [" ".join(map(str, torch.as_tensor(row).tolist())) for row in rows])
+STUB = StubTokenizer(0, 60, lambda ids: " ".join(map(str, ids)))  # the text of a token is its id
 
 
 def made(queries, responses):

@@ -6,13 +6,13 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from whole import write_rows
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import dpo
-import evaluate
 import ppo
 import reward_model
 import sft
@@ -20,8 +20,8 @@ from utils import formats
 from utils.data import as_answer, load_prompts, load_rows
 from utils.formats import standard_row
 from utils.models import load_tokenizer
-from utils.tokens import check_spelling, decode_responses, encode_prompt, encode_texts, end_of_turn
-from utils.tokens import generation_eos_ids, retokenize, split_terminator, terminator_ids, the_terminator
+from utils.tokens import check_spelling, decode_responses, encode_prompt, encode_text, encode_texts
+from utils.tokens import generation_eos_ids, retokenize, terminator_ids, the_terminator
 
 EOS = "<|endoftext|>"
 
@@ -39,6 +39,11 @@ TEMPLATES = {  # template, and what it makes of an answer "Yes." up to its termi
     "no_end": ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
                "{% if add_generation_prompt %}assistant: {% endif %}", EOS),
     "no_end_cue_always": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}<|assistant|>\n", EOS),
+    "last_end_differs": ("<|start|>system\nBe kind.<|end|>{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}"
+                         "{% if loop.last and m.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+                         "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}", "<|return|>"),
+    "header_shared": ("{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|start|>assistant\n",
+                      EOS),
     "two_ends": ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>\n{% else %}" + EOS + "{% endif %}", "<|end|>"),
     "system_default": ("<|im_start|>system\nBe kind.<|im_end|>\n{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -49,7 +54,7 @@ TEMPLATES = {  # template, and what it makes of an answer "Yes." up to its termi
                       "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|im_end|>"),
 }
 ADDED = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|header|>", "<|turn|>", "<|user|>", "<|assistant|>", "<|end|>",
-         "<|eom|>", "<s>"]
+         "<|eom|>", "<s>", "<|return|>"]
 QUESTION, ANSWER = {"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "Yes."}
 OTHER = {"role": "assistant", "content": "No."}
 
@@ -106,6 +111,44 @@ def test_templates_that_always_print_the_cue_do_not_teach_it(chat, tmp_path):
     whole = chat.tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
     assert rendered["prompt"] == whole and rendered["completion"].endswith("Yes." if chat.name != "inst" else "Yes. ")
     assert rendered["conversation"] == [QUESTION] and rendered["last_user_turn"] == "Is it so?"
+
+
+@pytest.mark.parametrize("content", ["d", "e", "i", "<", "|", "im", "end", "assistant", "n", "turn", "start", "1", "T"])
+def test_short_answers_are_found(chat, content):
+    """An answer that is a part of a header, an end or a cue is itself, and nothing more."""
+    row = standard_row({"messages": [QUESTION, {**ANSWER, "content": content}]}, chat.tokenizer, 512)
+    assert re.sub(r"<think>\s*</think>", "", row["completion"]).strip() == content
+    ids = encode_texts(row["prompt"], row["completion"], chat.tokenizer)[1]
+    assert chat.tokenizer.decode(ids[-1:]) == chat.end and not set(ids[:-1]) & set(terminator_ids(chat.tokenizer))
+
+
+def test_a_template_that_wants_a_system_message_has_an_end_of_turn():
+    """One that refuses a conversation without it is asked with one."""
+    tokenizer = chat_tokenizer("{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                               + TEMPLATES["chatml"][0])
+    row = standard_row({"messages": [{"role": "system", "content": "Be kind."}, QUESTION, ANSWER]}, tokenizer, 512)
+    ids = encode_texts(row["prompt"], row["completion"], tokenizer)[1]
+    assert tokenizer.decode(ids) == "Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("beginning", ["<think>\n\n</think>\n\n", "Sure,"])
+def test_a_prompt_that_begins_the_answer_is_rendered_too(beginning):
+    """The template's end of turn ends what follows the cue, also where the prompt goes on after it."""
+    tokenizer = chat_tokenizer(TEMPLATES["chatml"][0])
+    prompt = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True) + beginning
+    assert tokenizer.decode(encode_texts(prompt, "Yes.", tokenizer)[1]) == "Yes.<|im_end|>"
+    whole = tokenizer.apply_chat_template([QUESTION, ANSWER], tokenize=False)  # no answer is asked for
+    assert tokenizer.decode(encode_texts(whole, "Yes.", tokenizer)[1]) == "Yes." + EOS
+
+
+def test_a_cue_at_the_end_of_a_rendered_text_is_cut():
+    """Text that a template has rendered which always prints the cue: the header of another answer is not trained."""
+    tokenizer = chat_tokenizer(TEMPLATES["cue_always"][0])
+    whole = tokenizer.apply_chat_template([QUESTION, ANSWER], tokenize=False)
+    prompt = whole[: whole.index("Yes.")]
+    assert whole.rstrip().endswith("Yes.<|turn|><|start|>assistant<|header|>")
+    assert tokenizer.decode(encode_texts(prompt, whole[len(prompt) :], tokenizer)[1]) == "Yes.<|turn|>"
+    assert tokenizer.decode(encode_text(whole, tokenizer)) == prompt + "Yes.<|turn|>"
 
 
 @pytest.mark.parametrize("text, end", [
@@ -219,6 +262,28 @@ def test_tool_calls_stay_in_the_answer():
     assert standard_row({"messages": [QUESTION, empty]}, chat_tokenizer(template), 512)["completion"] == "\n<tool_call>look"
 
 
+@pytest.mark.parametrize("row, said", [
+    ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{"name": "f"}]}]}, "leaves out tool_calls"),
+    ({"messages": [QUESTION, {**ANSWER, "reasoning_content": "Hm."}]}, "leaves out reasoning_content"),
+    ({"messages": [QUESTION, ANSWER], "tools": [{"name": "f"}]}, "leaves out the tools"),
+    ({"prompt": [QUESTION, OTHER], "completion": [ANSWER]}, "ends with a message of the assistant's")])
+def test_what_a_template_leaves_out_is_named(row, said):
+    with pytest.raises(ValueError, match=said):
+        standard_row(row, chat_tokenizer(TEMPLATES["chatml"][0]), 512)
+
+
+def test_prompts_may_be_messages_that_end_with_the_user(tmp_path, capsys):
+    """ppo.py answers them; sft.py says that there is no answer."""
+    tokenizer = chat_tokenizer(TEMPLATES["chatml"][0])
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [QUESTION, ANSWER, QUESTION]}, {"messages": [QUESTION]}])
+    prompts = load_prompts(path, "--prompts", tokenizer, ppo.Args(max_prompt_length=500))
+    assert [prompt.text.count("Is it so?") for prompt in prompts] == [2, 1]
+    assert all(prompt.text.endswith("<|im_start|>assistant\n") for prompt in prompts)
+    with pytest.raises(SystemExit):
+        load_rows(path, "--train_data", [("prompt", "completion"), ("text",)], tokenizer)
+    assert "row 1" in (error := capsys.readouterr().err) and "its last message is not the assistant's" in error
+
+
 def test_a_template_prints_the_date_on_which_the_run_began(monkeypatch):
     """`strftime_now` in a template is the run's own date, not that of the moment (Llama-3.1 and gpt-oss ask for it)."""
     template = "Today: {{ strftime_now('%d %b %Y') }}\n" + TEMPLATES["chatml"][0]
@@ -277,8 +342,6 @@ def test_detail_e1_ids_spell_both_texts(kind, prompt, response):
     whole = tokenizer.decode(tokenizer(prompt + response).input_ids, clean_up_tokenization_spaces=False)
     assert tokenizer.decode(first + second, clean_up_tokenization_spaces=False) == whole + "</s>"
     assert first == tokenizer(prompt).input_ids and first.count(1) == 1  # <s>
-    import torch
-
     assert decode_responses(tokenizer, [first], torch.tensor([second])) == [response]
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=500))
     assert retokenize(([prompt], [response]), [True], tokenizer, model) == [first + second]
@@ -302,6 +365,9 @@ def test_check_spelling_refuses_what_does_not_spell(capsys):
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 
+        def __len__(self):
+            return len(tokenizer)
+
         def __call__(self, text, **options):
             found = tokenizer(text.replace("\n", "\n ") if "Q" in text and "Yes" not in text else text, **options)
             return found
@@ -313,6 +379,19 @@ def test_check_spelling_refuses_what_does_not_spell(capsys):
 
 
 # ---- BOS, and special tokens in texts ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rendered_prompts_have_the_ids_of_the_template(name, tmp_path):
+    """A BOS that the template prints stays where it is: what follows it is read as behind it, as transformers does."""
+    tokenizer = make_tokenizer(name)
+    tokenizer.chat_template = ("<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+                               "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}")
+    row = standard_row({"messages": [QUESTION, ANSWER]}, tokenizer, 512)
+    ids = sum(encode_texts(row["prompt"], row["completion"], tokenizer), [])
+    assert ids == tokenizer.apply_chat_template([QUESTION, ANSWER], return_dict=False)
+    text = tokenizer.apply_chat_template([QUESTION, ANSWER], tokenize=False)
+    assert encode_text(text, tokenizer) == ids and encode_text("\n" + text, tokenizer).count(1) == 1
 
 
 @pytest.mark.parametrize("bos", [True, False])

@@ -29,9 +29,21 @@ class Turn(NamedTuple):
 
 def terminator_ids(tokenizer):
     """All ids that end a response: the tokenizer's EOS, the chat template's end of turn, the generation config's."""
-    turn = end_of_turn(tokenizer).end
-    ends = [tokenizer.convert_tokens_to_ids(turn)] if turn else []
-    return sorted({tokenizer.eos_token_id, *ends, *getattr(tokenizer, "generation_eos_ids", ())})
+    return sorted(_terminators(tokenizer))
+
+
+def _terminators(tokenizer):
+    """{id: text} of the terminators. The text is None for an ordinary token that a generation config ends at: it is a
+    part of the texts that it ends."""
+    more = tuple(getattr(tokenizer, "generation_eos_ids", ()))
+    return _terminators_of(tokenizer, len(tokenizer), tokenizer.eos_token_id, more, end_of_turn(tokenizer).end)
+
+
+@lru_cache(maxsize=16)
+def _terminators_of(tokenizer, size, eos_id, more, turn):
+    added = {number: token for token, number in tokenizer.get_added_vocab().items()}
+    ids = {eos_id, *more, *([tokenizer.convert_tokens_to_ids(turn)] if turn else [])}
+    return {number: added.get(number) for number in ids}
 
 
 def end_of_turn(tokenizer):
@@ -95,7 +107,8 @@ def split_terminator(prompt, response, tokenizer):
     turn, own = end_of_turn(tokenizer), None
     if turn.end and turn.cue and turn.end in turn.cue and response.rstrip().endswith(turn.cue):
         response = response.rstrip().removesuffix(turn.cue) + turn.end  # a template that always prints the cue
-    while found := next((end for end in _added_terminators(tokenizer) if response.rstrip().endswith(end)), None):
+    ends = [text for text in _terminators(tokenizer).values() if text]
+    while found := next((end for end in ends if response.rstrip().endswith(end)), None):
         own, response = found, response.rstrip().removesuffix(found)
     if own is None:
         own = turn.end if _is_rendered(prompt, turn) else tokenizer.eos_token
@@ -108,12 +121,6 @@ def without_terminator(prompt, response, tokenizer):
     return text if split_terminator(prompt, text, tokenizer) == (text, end) else response
 
 
-def _added_terminators(tokenizer):
-    """The texts of the terminators that a tokenizer finds in any text: not ordinary tokens of a generation config."""
-    added = {number: token for token, number in tokenizer.get_added_vocab().items()}
-    return [added[token] for token in terminator_ids(tokenizer) if token in added]
-
-
 def _is_rendered(prompt, turn):
     """Whether a prompt ends with the template's cue for an answer, and perhaps the beginning of the answer."""
     return bool(turn.end and turn.cue and turn.cue in prompt and turn.end not in prompt.rpartition(turn.cue)[2])
@@ -123,8 +130,10 @@ def the_terminator(sequences, tokenizer):
     """The id in which all texts end that a reward model is trained and measured on; fail in one line if there are more.
 
     sequences: {flag: lists of ids}. A score means something at the token at which the model was trained, nowhere else.
+    Ordinary tokens that a generation config ends at do not count: there a score is read as at any other last token.
     """
-    last = {flag: Counter(ids[-1] for ids in lists) for flag, lists in sequences.items()}
+    ends = {number for number, text in _terminators(tokenizer).items() if text}
+    last = {flag: Counter(ids[-1] for ids in lists if ids[-1] in ends) for flag, lists in sequences.items()}
     found = sum(last.values(), Counter())
     if len(found) > 1:
         counts = "; ".join(f"{flag}: " + ", ".join(
@@ -132,14 +141,18 @@ def the_terminator(sequences, tokenizer):
             for flag, ends in last.items())
         fail(f"the texts end in different tokens, and a reward model is read at one ({counts}). Write all answers in "
              "one way: all as messages, or all as text, without or with the same token at the end")
-    return next(iter(found))
+    return next(iter(found), tokenizer.eos_token_id)
 
 
-def set_terminator(classifier, path, flag, tokenizer, prompt):
+def set_terminator(classifier, path, flag, tokenizer, prompt, policy_tokenizer=None):
     """Decide at which token a reward model reads a response that has ended: `terminator_token_id` of its config.
 
-    reward_model.py has written it there. For one from elsewhere it is what the rule says with its own tokenizer.
+    reward_model.py has written it there. For one from elsewhere it is what the rule says with its own tokenizer. None:
+    at whichever token came, as for a policy whose responses may end in an ordinary one.
     """
+    if policy_tokenizer and None in _terminators(policy_tokenizer).values():
+        classifier.config.terminator_token_id = None
+        return
     known = getattr(classifier.config, "terminator_token_id", None)
     if known is None:
         classifier.config.terminator_token_id = split_terminator(prompt, "", tokenizer)[1]
@@ -189,7 +202,7 @@ def encode_texts(prompt, response, tokenizer, finished=True):
     """
     response, end = split_terminator(prompt, response, tokenizer)
     ids = encode_response(prompt, response, tokenizer)
-    while ids and ids[-1] in terminator_ids(tokenizer):  # an ordinary token that a generation config ends at
+    while ids and ids[-1] in _terminators(tokenizer):  # an ordinary token that a generation config ends at
         end = ids.pop()
     return encode_prompt(prompt, tokenizer), ids + [end] * bool(finished)
 
@@ -293,8 +306,7 @@ def decode_responses(tokenizer, queries, responses):
     def texts(rows):
         return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    added = set(tokenizer.get_added_vocab().values())
-    ends = {token for token in terminator_ids(tokenizer) if token in added}  # not every end of turn is "special"
+    ends = {number for number, text in _terminators(tokenizer).items() if text}  # not every end of turn is "special"
     responses = [[token for token in response if token not in ends] for response in responses.tolist()]
     befores, wholes, alones = texts(queries), texts([q + r for q, r in zip(queries, responses)]), texts(responses)
     return [whole[len(before):] if whole.startswith(before) else alone
