@@ -413,8 +413,10 @@ def _further_parameters(function):
         return [], [], False, {}
     bound = getattr(function, "keywords", {})  # of a functools.partial
     named = [one for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    by_name = {one.name: JUDGED[one.name] for one in named if one.name in JUDGED}
-    taken = {one.name for one in parameters[:2]} if not by_name else set(by_name)
+    first = [one.name for one in parameters[:2] if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    in_place = [JUDGED.get(name, role) == role for name, role in zip(first, ("queries", "responses"))] == [True, True]
+    by_name = {} if in_place else {one.name: JUDGED[one.name] for one in named if one.name in JUDGED}
+    taken = set(by_name or first)
     columns = [one for one in named if one.name not in taken and one.name not in bound]
     return ([one.name for one in columns], [one.name for one in columns if one.default is one.empty],
             any(one.kind == one.VAR_KEYWORD for one in parameters), by_name)
@@ -423,9 +425,9 @@ def _further_parameters(function):
 def call_judge(function, flag, queries, responses, rows=None):
     """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it.
 
-    queries and responses go to parameters of these names, or prompts and completions as TRL has them, or else to the
-    first two. rows: the row of each query; its columns go, as lists, to parameters of their names, or to **. Whatever
-    the judge gets is its own copy.
+    queries and responses go to its first two parameters; if these are named otherwise, as in TRL, to those named queries
+    or prompts, and responses or completions. rows: the row of each query; its columns go, as lists, to parameters of
+    their names, or to **. Whatever the judge gets is its own copy.
     """
     wanted, _, takes_any, by_name = _further_parameters(function)
     rows = rows or [{}] * len(queries)
