@@ -425,7 +425,7 @@ def _further_parameters(function):
 def call_judge(function, flag, queries, responses, rows=None):
     """Scores of a Python judge as a list of floats, or one line that names its fault. Every rank must call it.
 
-    queries and responses go to its first two parameters; if these are named otherwise, as in TRL, to those named queries
+    queries and responses go to its first two parameters; if these have other names, as in TRL, to those named queries
     or prompts, and responses or completions. rows: the row of each query; its columns go, as lists, to parameters of
     their names, or to **. Whatever the judge gets is its own copy.
     """
