@@ -18,7 +18,7 @@ import sft
 from utils import formats
 from utils.data import call_judge, load_function, load_prompts
 from utils.models import load_tokenizer
-from utils.run import choose_folder, open_folder
+from utils.run import choose_folder, hashes, open_folder
 
 # ---- What a judge gets ------------------------------------------------------------------------------------
 
@@ -138,6 +138,21 @@ def test_a_resumed_run_reads_the_same_rows_on_the_same_date(tmp_path, monkeypatc
             open_folder(choose_folder(args, "ppo"), args, "ppo", {**rows, "--prompts": changed})
         error = capsys.readouterr().err
         assert "rows of --prompts assets/data/train.jsonl are not those" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("script, flag", [(sft, "model"), (ppo, "sft_model"), (dpo, "model")], ids=["sft", "ppo", "dpo"])
+def test_a_models_date_is_handed_on(script, flag, tmp_path, monkeypatch):
+    """A run whose model was trained by a run with a date in its prompts has the same date."""
+    monkeypatch.setattr(formats, "template_date", formats.template_date)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/args.json").write_text('{"template_date": "2024-07-26T00:00:00"}')
+    choose_folder(script.Args(output_dir=str(tmp_path / "run"), **{flag: str(tmp_path / "model")}), script.__name__)
+    assert formats.template_date == [datetime(2024, 7, 26)]
+
+
+def test_the_order_of_columns_is_not_part_of_the_rows():
+    assert hashes({"a": [([1], {"x": 1, "y": 2})]}) == hashes({"a": [([1], {"y": 2, "x": 1})]})
+    assert hashes({"a": [[1], [2]]}) != hashes({"a": [[2], [1]]})
 
 
 FLAGS = {sft: {"--train_data", "--eval_data"}, reward_model: {"--train_data", "--eval_data", "--demonstrations"},
