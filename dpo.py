@@ -70,7 +70,7 @@ class Args:
     """read models whose weights are pickled (.bin) alone: a stranger's pickle may run code when it is read"""
     train_data: str = "assets/data/preferences_train.jsonl"
     """preferences: .jsonl, .json, .csv, .parquet, folder or Hub id; columns {prompt, chosen, rejected}. Where
-    the sampler cut a response, chosen_finished or rejected_finished is false: no EOS is added (W3)"""
+    the sampler cut a response, chosen_finished or rejected_finished is false: it gets no terminator (W3)"""
     eval_data: tuple[str, ...] | None = (
         "assets/data/preferences_validation.jsonl", "assets/data/preferences_persuasion.jsonl")
     """held-out preferences, one or more, each evaluated apart; None, the default with your own data: a share
@@ -430,7 +430,8 @@ def main(args: Args):
         reference = None  # its memory is free from here on
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps)  # [W10] rounded up
+    # [W10] rounded up; at least one step has the peak
+    warmup_steps = min(math.ceil(args.warmup_ratio * total_steps), total_steps - 1)
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "

@@ -65,7 +65,8 @@ class Args:
     allow_pickle: bool = False
     """read model folders that have pickled weights (.bin) only: a stranger's pickle may run code when it is read"""
     reward_function: str | None = None
-    """module:name of a Python function of texts, (queries, responses) -> scores, in place of the reward model"""
+    """module:name of a Python function (queries, responses, columns of the rows...) -> scores, in place of the
+    reward model"""
     gold_function: str | None = "assets.vader:positive"
     """module:name of such a function that only watches; None, the default with your own prompts: no judge"""
     prompts: str = "assets/data/train.jsonl"
@@ -215,7 +216,7 @@ def load_models(args, tokenizer, prompt):
     """policy, ref_policy, critic, reward_model and its tokenizer. [detail 7] Dropout is off in all of them.
 
     The reward model is None with --reward_function. Its tokenizer is None where it reads the policy's tokens.
-    prompt: the text of one, which decides about the terminator of a reward model from elsewhere [E29].
+    prompt: one prompt's text. Its end shows where a reward model from elsewhere is to be read [E29].
     """
     policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer)  # in fp32: DeepSpeed converts it for --bf16
     ref_policy = load_causal_lm(args.sft_model, "--sft_model", tokenizer, args.bf16).eval()
@@ -245,7 +246,7 @@ def load_models(args, tokenizer, prompt):
 
 
 def rollout(model, prompts, noise, args, tokenizer, forbidden, eos_ids):
-    """Responses (B, Tr) to B prompts (ids, text), from noise (B, Tr). Similar lengths are decoded together."""
+    """Responses (B, Tr) to B Prompts, from noise (B, Tr). Similar lengths are decoded together."""
     noise = noise.to(eos_ids.device)
     responses = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
@@ -453,7 +454,7 @@ def score_responses(reward_model, reward_function, episodes, args, retokenizer=N
         scores = torch.tensor(scores, device=device)
     else:
         sequences = episodes.sequences
-        if retokenizer:  # [E22] it reads decoded texts, with its own EOS where EOS came
+        if retokenizer:  # [E22] it reads decoded texts, with a terminator of its own where a response ended
             sequences = retokenize(texts, episodes.ended.tolist(), retokenizer, reward_model.classifier)
         if reward_model.terminator is not None:  # [E29] it reads the end at the token at which it was trained
             sequences = [ids[:-1] + [reward_model.terminator] if ended else ids
@@ -614,9 +615,9 @@ def main(args: Args):
     # 1. ranks, data, models
     check_flags(args)
     check_batch_size(args.batch_size, args.num_minibatches, args.total_episodes)
-    device = init_distributed(args.timeout_minutes)
     args = settle_companions(args, "prompts", ["sft_model", "reward_model"], eval_prompts=None,
                              gold_function="no judge watches")
+    device = init_distributed(args.timeout_minutes)
     script = Path(__file__).stem  # it names the folder of a run
     folder = choose_folder(args, script)
     tokenizer = load_tokenizer(args.sft_model, "--sft_model")
@@ -628,8 +629,8 @@ def main(args: Args):
         prompts, eval_prompts = hold_out(prompts, rows, "--prompts", "--eval_prompts")
     eval_prompts = eval_prompts[: args.num_eval_prompts]
     if len(eval_prompts) < world_size():
-        fail(f"--num_eval_prompts, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} usable, and "
-             f"{world_size()} ranks need at least one each. Give more")
+        fail(f"--num_eval_prompts {args.num_eval_prompts}, --eval_prompts {args.eval_prompts}: {len(eval_prompts)} "
+             f"usable, and {world_size()} ranks need at least one each. Give more of them with --eval_prompts")
     gold_function = load_function(args.gold_function, "--gold_function", prompts + eval_prompts)
     reward_function = load_function(args.reward_function, "--reward_function", prompts + eval_prompts)
     policy, ref_policy, critic, reward_model, retokenizer = load_models(args, tokenizer, prompts[0].text)

@@ -13,7 +13,7 @@ Run:     python reward_model.py                          the embedded task, CPU,
 Reads:   --model, an SFT model; --train_data and --eval_data with columns {prompt, chosen, rejected};
          --demonstrations {prompt, completion}, whose scores will average 0
 Writes:  --output_dir: a folder for AutoModelForSequenceClassification (its config holds `reward_mean`, which
-         our scripts subtract), metrics.jsonl, samples.jsonl, TensorBoard, checkpoints
+         our scripts subtract), metrics.jsonl, samples.jsonl, summary.json, TensorBoard, checkpoints
 Result:  assets/README.md (embedded task); not yet measured at the paper's scale
 
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 6.
@@ -24,6 +24,7 @@ Differs from the paper's code:
   2. prompt and completion are tokenised apart and joined as ids, as the sampler will see them            [E1]
   3. the head has no bias (Hugging Face's classes have none); normalisation makes up for it               [E6]
 
+EOS stands for whatever ends a text: the tokenizer's EOS, or the chat template's end of turn [E29].
 Shapes:  N pairs, B of them in this micro-batch, T tokens. In a (2, B) tensor row 0 is for the chosen
          completions and row 1 for the rejected ones.
 """
@@ -135,17 +136,25 @@ class Args:
 # ---- Data -------------------------------------------------------------------------------------------------
 
 
-def encode(prompt, completion, tokenizer):
-    """Token ids of prompt and completion, the terminator last: the score is read there [detail 12] [E29]."""
-    return sum(encode_texts(prompt, completion, tokenizer), [])  # [E1] tokenised apart, joined as ids
+def encode(prompt, completion, tokenizer, finished=True):
+    """Token ids of prompt and completion, EOS last: the score is read there [detail 12].
+
+    finished: False where a sampler has cut the completion. Then no EOS is added.
+    """
+    return sum(encode_texts(prompt, completion, tokenizer, finished), [])  # [E1] tokenised apart, joined as ids
+
+
+def encode_pair(prompt, row, tokenizer):
+    """Token ids of both completions of a row, after a prompt."""
+    return [encode(prompt, row[side], tokenizer, row.get(f"{side}_finished") is not False)
+            for side in ("chosen", "rejected")]
 
 
 def load_pairs(path, flag, tokenizer, args):
     """List of (chosen ids, rejected ids, row), without equal and too long pairs, which are counted."""
     rows = load_rows(path, flag, [("prompt", "chosen", "rejected")], tokenizer, args.max_prompt_length)
     different = [row for row in rows if row["chosen"] != row["rejected"]]
-    pairs = [(*(encode(row["prompt"], row[side], tokenizer) for side in ("chosen", "rejected")), row)
-             for row in different]
+    pairs = [(*encode_pair(row["prompt"], row, tokenizer), row) for row in different]
     unequal = [pair for pair in pairs if pair[0] != pair[1]]
     kept = [pair for pair in unequal if row_length(pair, False) <= args.max_length]
     describe(flag, path, [row_length(pair, False) for pair in kept],
@@ -315,12 +324,11 @@ def evaluate(engine, pairs, tokenizer, args, shuffle=False):
         "chosen_rewards": np.mean(chosen_scores), "rejected_rewards": np.mean(rejected_scores)}
     if shuffle:
         distinct = [distinct[i] for i in permutation(len(distinct), args.seed)]
-        other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never the own prompt, unless it is alone
-        strangers = [[encode(other[row["prompt"]], row[side], tokenizer) for side in ("chosen", "rejected")]
-                     for row in rows]
+        other = dict(zip(distinct, distinct[1:] + distinct[:1]))  # never the own prompt
+        strangers = [encode_pair(other[row["prompt"]], row, tokenizer) for row in rows]
         strangers = [pair for pair in strangers if max(map(len, pair)) <= args.max_length]
-        strangers = strangers or [pair[:2] for pair in pairs]  # none fits: this then equals the accuracy
-        metrics["shuffled_prompts"] = accuracy(*(score(sequences) for sequences in zip(*strangers))).mean()
+        if strangers and len(distinct) > 1:
+            metrics["shuffled_prompts"] = accuracy(*(score(sequences) for sequences in zip(*strangers))).mean()
     samples = [{"query": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"],
                 "chosen_score": good, "rejected_score": bad}
                for row, good, bad in zip(rows, chosen_scores, rejected_scores)]
@@ -359,6 +367,7 @@ def main(args: Args):
     if args.share_prefix:  # [E27] completions are blind to one another
         check_mask(model, "--share_prefix", args.max_length)
     model.config.reward_mean = 0.0
+    # what is read, by flag: here for the terminator, and below for --resume
     pairs = {"--train_data": train, "--eval_data": sum(held_out.values(), [])}
     texts = {flag: [ids for pair in some for ids in pair[:2]] for flag, some in pairs.items()}
     texts["--demonstrations"] = demonstrations
@@ -375,7 +384,7 @@ def main(args: Args):
     open_folder(folder, args, "reward_model", texts)
     steps_per_epoch = math.ceil(len(train) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    warmup_steps = min(math.ceil(args.warmup_ratio * total_steps), total_steps - 1)  # one step has the peak
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {
         "step": 0, "evaluated": False}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0, state["evaluated"])
@@ -385,7 +394,7 @@ def main(args: Args):
     print_memory_plan(args, count_parameters(model))
     show_example(tokenizer, train[0][0], [i == len(train[0][0]) - 1 for i in range(len(train[0][0]))])
 
-    def evaluate_all(step):
+    def evaluate_all(step):  # state["evaluated"]: whether it has come to its end; SIGTERM may stop it
         metrics, samples, calibrations = {}, [], {}
         try:
             for name, pairs in held_out.items():
@@ -396,7 +405,8 @@ def main(args: Args):
                 print0(f"{step:>6}/{total_steps}  {name}: accuracy {figures['accuracy']:.3f} "
                        f"[{figures['accuracy_low']:.3f}, {figures['accuracy_high']:.3f}]; longer wins "
                        f"{figures['longer_wins']:.3f}" + (
-                           f", prompts shuffled {figures['shuffled_prompts']:.3f}" if step == total_steps else ""))
+                           f", prompts shuffled {figures['shuffled_prompts']:.3f}" if "shuffled_prompts" in figures
+                           else ""))
         except Interrupted:  # by SIGTERM: the resumed run evaluates this step from the beginning
             save_checkpoint(folder, step, {"model": engine}, {**state, "evaluated": False})
             leave_interrupted(folder, step)
@@ -407,7 +417,7 @@ def main(args: Args):
     if not state["evaluated"]:  # at the start of a run, or of one that was interrupted while it evaluated
         evaluate_all(state["step"])
         state.setdefault("before", state["after"])
-        if state["step"]:
+        if state["step"]:  # else a second SIGTERM would bring this evaluation again
             save_checkpoint(folder, state["step"], {"model": engine}, state)
 
     # 3. train

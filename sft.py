@@ -11,8 +11,8 @@ Run:     python sft.py                                   the embedded task, CPU,
          deepspeed sft.py --model EleutherAI/pythia-1b-deduped --train_data ... --lr 3e-6    8 GPUs
 Reads:   --model, a Hugging Face folder or Hub id; --train_data and --eval_data with columns
          {prompt, completion} or {text}, as text or messages, or a published layout (utils/formats.py)
-Writes:  --output_dir: the model as a Hugging Face folder, metrics.jsonl, samples.jsonl, TensorBoard,
-         checkpoints
+Writes:  --output_dir: the model as a Hugging Face folder, metrics.jsonl, samples.jsonl, summary.json,
+         TensorBoard, checkpoints
 Result:  assets/README.md (embedded task); not yet measured at the paper's scale
 
 Paper: "The N+ Implementation Details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), section 5.
@@ -22,6 +22,7 @@ Differs from the paper's code:
   1. prompt and completion are tokenised apart and joined as ids, as the sampler will see them  [E1]
   2. the loss is a mean over the tokens of the whole optimizer step, not of each micro-batch    [E2]
 
+EOS stands for whatever ends a text: the tokenizer's EOS, or the chat template's end of turn [E29].
 Shapes:  B sequences of this micro-batch, T tokens, V vocabulary
 """
 
@@ -271,7 +272,8 @@ def main(args: Args):
     if args.eval_data:
         held_out = load_demonstrations(args.eval_data, "--eval_data", tokenizer, args)
     else:
-        train, held_out = hold_out(train, [item[2] for item in train], "--train_data", "--eval_data")
+        train, held_out = hold_out(
+            train, [item[2] for item in train], "--train_data", "--eval_data", or_completion=True)
     model = load_causal_lm(args.model, "--model", tokenizer)  # [detail 7] without dropout
     check_rate(args, "sft", model)
     decoding_copy = None  # at ZeRO 3 the model is in pieces: a whole copy to decode with
@@ -297,7 +299,7 @@ def main(args: Args):
     packs = pack(train, args.pack_length)  # without the flag, each row alone
     steps_per_epoch = math.ceil(len(packs) / args.batch_size)  # [E3] an epoch's last batch may be smaller
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps)
+    warmup_steps = min(math.ceil(args.warmup_ratio * total_steps), total_steps - 1)  # one step has the peak
     state = (load_checkpoint(folder, {"model": engine}) if args.resume else None) or {"step": 0}
     tracker = Tracker(folder, args, state["step"] + 1 if state["step"] else 0)
     print0(f"{'model':<22}{args.model}: {count_parameters(model):,} parameters, {world_size()} rank(s) on "

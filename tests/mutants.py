@@ -120,7 +120,7 @@ MUTANTS = {  # number: (file, text, broken text)
     "E27": ("utils/packing.py", "own = segments[:, :, None] == segments[:, None, :]",
             "own = segments[:, :, None] >= segments[:, None, :]"),
     "E28": ("utils/data.py", "rank() if turn % 2 == 0 else world_size() - 1 - rank()", "rank()"),
-    "E29": ("utils/tokens.py", "prompt.rstrip().endswith(turn.cue)", "False"),
+    "E29": ("utils/tokens.py", "own = turn.end if _is_rendered(prompt, turn) else", "own ="),
     "G1": ("group_invariant_ppo.py", "n // args.episodes_per_prompt for n", "n for n"),
     "G2": ("group_invariant_ppo.py", 'running_moments(progress.get("moments", (0, 0.0, 0.0)), scores)',
            "running_moments((0, 0.0, 0.0), scores)"),

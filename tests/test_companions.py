@@ -150,7 +150,7 @@ def test_a_prompt_with_more_rows_than_the_share_is_not_taken():
 
 def test_where_all_rows_have_one_prompt_the_completions_count():
     rows = [{"prompt": "", "completion": text} for text in "aabb"]
-    train, held_out = hold_out(rows, rows, "--train_data", "--eval_data")
+    train, held_out = hold_out(rows, rows, "--train_data", "--eval_data", or_completion=True)
     assert len(train) == len(held_out) == 2 and train[0] != held_out[0]
 
 

@@ -562,6 +562,9 @@ def test_keys_without_a_value_are_no_keys():
         def __call__(self, text):
             return SimpleNamespace(input_ids=[])
 
+        def __len__(self):
+            return 1
+
         def get_added_vocab(self):
             return {EOS: 0}
 

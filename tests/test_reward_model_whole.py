@@ -38,7 +38,8 @@ POST = ["I was at home.", "She came to see me.", "We were happy, and then she we
 
 
 def encode(tokenizer, prompt, completion):
-    return tokenizer(prompt).input_ids + tokenizer(completion).input_ids + [tokenizer.eos_token_id]
+    ids = tokenizer(prompt).input_ids + tokenizer(completion).input_ids
+    return ids if ids[-1] in whole.ENDS else ids + [tokenizer.eos_token_id]  # one end
 
 
 def read_pairs(file, tokenizer):

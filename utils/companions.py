@@ -18,7 +18,7 @@ def settle_companions(args, data, models, **companions):
     """args without the embedded task's companions where the data are the user's. Each decision is printed in a line.
 
     data: the flag of the main data; models: those of the models; companions: {flag: what takes its place}, with None
-    where a later line will say it. Whatever is given stays. A user's model with the embedded data keeps their
+    where what takes its place prints its own line. Whatever is given stays. A user's model with the embedded data keeps their
     companions, if it has their vocabulary: that is a model that sft.py has made of the embedded task.
     """
     own = [flag for flag in (data, *models) if _is_own(args, flag)]
@@ -40,14 +40,15 @@ def settle_companions(args, data, models, **companions):
     return args
 
 
-def hold_out(items, rows, flag, eval_flag):
+def hold_out(items, rows, flag, eval_flag, or_completion=False):
     """(items to train on, items held out): 5 % of them, at least 1 and at most 500, whole prompts together.
 
-    rows: the row of each item, with its `prompt` or `text`. Where all have one prompt, the completions count instead. A
-    hash of the text decides, so the share is the same for every seed and script, on any number of ranks, and on resume.
+    rows: the row of each item, with its `prompt` or `text`. or_completion: where all have one prompt, completions are
+    held out instead. A hash of the text decides, so the share is the same for every seed, on any number of ranks, and
+    on resume.
     """
     texts = [row["prompt"] if "prompt" in row else row["text"] for row in rows]
-    if len(set(texts)) == 1 and "completion" in rows[0]:
+    if or_completion and len(set(texts)) == 1 and "completion" in rows[0]:
         texts = [row["completion"] for row in rows]
     groups = {}
     for i, text in enumerate(texts):

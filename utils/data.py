@@ -284,7 +284,7 @@ def load_held_out(paths, flag, load, columns=()):
         for pair in load(path):
             missing = set(columns) - set(pair[-1])
             if missing:
-                fail(f"--accuracy_by {missing.pop()}: no such column in {path}. Found: {', '.join(pair[-1])}")
+                fail(f"--accuracy_by {missing.pop()}: no such column in {flag} {path}. Found: {', '.join(pair[-1])}")
             groups[apart if pair[-1].get("batch") in CNNDM_BATCHES else name].append(pair)
         for group, pairs in groups.items():
             if pairs and group in held_out:

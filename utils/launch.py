@@ -74,8 +74,8 @@ def check_flags(args):
         ):
             if name in names and value is not None and not holds(value):
                 fail(f"--{name} {value}: must be {words}")
-    if getattr(args, "offload_optimizer", False) and args.zero_stage == 0:
-        fail("--offload_optimizer needs --zero_stage 2 or 3")
+    if getattr(args, "offload_optimizer", False) and inner_zero_stage(args) == 0:
+        fail("--offload_optimizer needs --zero_stage 2 or 3, or --bf16")
 
 
 def read_columns(pairs):
@@ -91,7 +91,10 @@ def read_columns(pairs):
 
 
 def given(args, flag):
-    """Whether the user has given a flag: its value is not the default, or it stands on the command line."""
+    """Whether the user has given a flag: its value is not the default, or it stands on the command line.
+
+    Where a script is called from Python, a value that equals the default counts as not given.
+    """
     on_command_line = {word.partition("=")[0].replace("-", "_") for word in sys.argv[1:]}
     return getattr(args, flag) != getattr(type(args), flag) or f"__{flag}" in on_command_line
 

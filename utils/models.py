@@ -56,7 +56,7 @@ def load_tokenizer(path, flag):
              "Save one there with tokenizer.save_pretrained")
     if tokenizer.eos_token_id is None:
         fail(f"{flag} {path}: its tokenizer has no EOS token, so no response could ever end. Set eos_token")
-    if tokenizer("a").input_ids[-1] == tokenizer.eos_token_id:
+    if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
         fail(f"{flag} {path}: its tokenizer ends every text with EOS, prompts too. Set add_eos_token to false: the "
              "scripts put EOS where it belongs")
     tokenizer.generation_eos_ids = generation_eos_ids(path, flag, tokenizer)
@@ -138,8 +138,9 @@ def load_classifier(path, flag, tokenizer, bf16=False, new_head=False):
         fail(f"{flag} {path}: {type(model).__name__} has no linear `score` head. Families whose classifier has one "
              "(GPT-NeoX, GPT-2, Llama, Qwen, Mistral, Gemma, ...) work")
     if "score.weight" in loaded["missing_keys"] and not new_head:
-        fail(f"{flag} {path}: this is a language model, it has no score head. Train a reward model from it with "
-             "reward_model.py")
+        strange = next(iter(loaded["unexpected_keys"]), None)
+        what = f"its head is {strange}, where `score.weight` is read" if strange else "this is a language model"
+        fail(f"{flag} {path}: {what}, so it has no score head. Train a reward model with reward_model.py")
     labels = {name: stored[0] for name, stored, _ in loaded["mismatched_keys"]}.get("score.weight")
     if labels:
         fail(f"{flag} {path}: this is a classifier with {labels} labels, and a reward model has one. "

@@ -35,7 +35,7 @@ def sequences_of(batch, script, tokenizer):
                 for query, response in zip(batch["queries"], batch["responses"].tolist())]
     sides = ("completion", "text") if script == "sft" else ("chosen", "rejected")
     return [encode_text(row[side], tokenizer) if side == "text" else
-            sum(encode_texts(row["prompt"], row[side], tokenizer), [])
+            sum(encode_texts(row["prompt"], row[side], tokenizer, row.get(f"{side}_finished") is not False), [])
             for row in batch["rows"] for side in sides if side in row]
 
 

@@ -22,7 +22,8 @@ class Words:
         tokens, before = [], ""  # before: what a character can continue
         for character in unicodedata.normalize("NFC", text.lower()):
             kind = unicodedata.category(character)
-            if kind == "Cf":  # invisible: joiners inside a word, directions
+            if kind == "Cf":  # invisible: joiners inside a word, directions; one of them separates words
+                before = "" if character == "\u200b" else before
                 continue
             if kind[0] == "M":
                 if before:

@@ -541,7 +541,7 @@ def stop_if_not_finite(quantities, batch, folder, step):
         quantities = {name: torch.as_tensor(value).detach().cpu() for name, value in quantities.items()}
         args = _read_record(folder / "args.json")
         if "rows" in batch:  # texts alone: whatever else is in a data set need not be safe to load
-            batch = {"rows": [{key: value for key, value in row.items() if isinstance(value, str)}
+            batch = {"rows": [{key: value for key, value in row.items() if isinstance(value, (str, bool))}
                               for row in batch["rows"]]}
         torch.save({"step": step, "first_bad": bad, "quantities": quantities, "batch": batch, "args": args}, file)
         message = (f"step {step}: {bad} is not finite. The batch is saved, the last checkpoint is untouched. See which "
