@@ -366,3 +366,17 @@ def test_critic_and_group_head_follow_the_rate_that_is_given(script, given_rates
     script.main(flags_of(script, own, tmp_path / "run", num_ppo_epochs=1, **given_rates))
     assert found == expected
     assert rows_of(tmp_path / "run/metrics.jsonl")[1]["critic_lr"] == expected["critic"]
+
+
+def test_a_reward_function_keeps_scores_without_eos(monkeypatch, capsys):
+    """Without --missing_eos_score; a value that is given stays, on the command line the default too."""
+    def settled(**changes):
+        return settle_companions(ppo.Args(**changes), "prompts", ["sft_model", "reward_model"]).missing_eos_score
+
+    monkeypatch.setattr("sys.argv", ["ppo.py"])
+    assert settled() == -1.0 and "--missing_eos_score" not in capsys.readouterr().out
+    assert settled(reward_function="assets.vader:compound") is None
+    assert "--missing_eos_score" in capsys.readouterr().out
+    assert settled(reward_function="assets.vader:compound", missing_eos_score=-2.0) == -2.0
+    monkeypatch.setattr("sys.argv", ["ppo.py", "--missing-eos-score", "-1"])
+    assert settled(reward_function="assets.vader:compound") == -1.0

@@ -354,7 +354,7 @@ def test_detail_e1_texts_apart_stay_apart(kind):
     assert same == (kind.name in ("metaspace_never", "byte_level"))
 
 
-def test_check_spelling_refuses_what_does_not_spell(capsys):
+def test_check_spelling_refuses_what_does_not_spell(tmp_path, capsys):
     """A tokenizer that puts a space before every text, whatever stands before it, is refused with row and both texts."""
     tokenizer = make_tokenizer("llama2")
     rows = [{"prompt": "Q:\n", "completion": "Yes."}] * 3
@@ -376,6 +376,10 @@ def test_check_spelling_refuses_what_does_not_spell(capsys):
         check_spelling(rows, "--train_data", "file", Stubborn())
     error = capsys.readouterr().err
     assert "--train_data file: in 3 texts of 3 rows" in error and "completion of row 1" in error
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SystemExit):
+        load_rows(path, "--train_data", [("prompt", "completion")], Stubborn())
+    assert f"--train_data {path}: in 3 texts of 3 rows" in capsys.readouterr().err
 
 
 # ---- BOS, and special tokens in texts ---------------------------------------------------------------------
