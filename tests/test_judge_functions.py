@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 from test_tokens import ANSWER, QUESTION, TEMPLATES, chat_tokenizer
-from whole import write_rows
+from whole import embedded_rows, write_rows
 
 import dpo
 import group_invariant_ppo
@@ -155,9 +155,11 @@ def test_the_order_of_columns_is_not_part_of_the_rows():
     assert hashes({"a": [[1], [2]]}) != hashes({"a": [[2], [1]]})
 
 
-FLAGS = {sft: {"--train_data", "--eval_data"}, reward_model: {"--train_data", "--eval_data", "--demonstrations"},
-         ppo: {"--prompts", "--eval_prompts"}, group_invariant_ppo: {"--prompts", "--eval_prompts"},
-         dpo: {"--train_data", "--eval_data", "--eval_prompts"}}
+FLAGS = {sft: {"train_data": "train", "eval_data": "validation"},
+         reward_model: {"train_data": "preferences_train", "eval_data": "preferences_validation", "demonstrations": "train"},
+         ppo: {"prompts": "train", "eval_prompts": "validation"},
+         group_invariant_ppo: {"prompts": "train", "eval_prompts": "validation"},
+         dpo: {"train_data": "preferences_train", "eval_data": "preferences_validation", "eval_prompts": "validation"}}
 
 
 class Stop(Exception):
@@ -168,7 +170,10 @@ class Stop(Exception):
 def test_every_script_records_all_rows_that_it_reads(script, tmp_path, monkeypatch):
     """Each file that holds rows is under its flag, with token ids: [([ids], ...)], or {name: such} for several files."""
     tokenizer = load_tokenizer(str(ROOT / "assets/sft"), "--model")
-    found = {}
+    found, files = {}, {}
+    for flag, name in FLAGS[script].items():
+        file = write_rows(tmp_path / f"{flag}.jsonl", embedded_rows(name, 0, 30))
+        files[flag] = (file,) if flag == "eval_data" and script is not sft else file
 
     def stop(folder, args, name, data):
         found.update(data)
@@ -176,8 +181,8 @@ def test_every_script_records_all_rows_that_it_reads(script, tmp_path, monkeypat
 
     monkeypatch.setattr(script, "open_folder", stop)
     with pytest.raises(Stop):
-        script.main(script.Args(output_dir=str(tmp_path / "out")))
-    assert set(found) == FLAGS[script]
+        script.main(script.Args(output_dir=str(tmp_path / "out"), **files))
+    assert set(found) == {f"--{flag}" for flag in FLAGS[script]}
     for rows in found.values():
         first = next(iter(rows.values())) if isinstance(rows, dict) else rows
         ids = first[0] if isinstance(first[0][0], int) else first[0][0]
